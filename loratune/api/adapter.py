@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
-from loratune.api import MergedDtype, Overrides, Rows, StrPath, libraries
+from loratune.api import MergedDtype, Overrides, Rows, StrPath, computing, libraries
 from loratune.api.adapters import (
     Adapters,
     check_metrics,
@@ -208,15 +208,16 @@ class Adapter(Adapters):
                     note(overlap.unknown)
             check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
-            with libraries():
-                from loratune.commands import evaluate
-                from loratune.compare.answers import Judging
+            with computing():
+                with libraries():
+                    from loratune.commands import evaluate
+                    from loratune.compare.answers import Judging
 
-            found = evaluate.evaluate(
-                self._directory, split, against=other._directory if other is not None else None,
-                judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
-                subject=evaluate.EvaluatedAdapter(self._loaded.default) if other is None else None,
-            ).judged(required)  # fmt: skip
+                found = evaluate.evaluate(
+                    self._directory, split, against=other._directory if other is not None else None,
+                    judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
+                    subject=evaluate.EvaluatedAdapter(self._loaded.default) if other is None else None,
+                ).judged(required)  # fmt: skip
             if keep_fields:
                 found = found.with_fields(split.own_fields())
             return _finish(found)
@@ -242,7 +243,8 @@ class Adapter(Adapters):
             check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
             options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
-            found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)
+            with computing():
+                found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)
             for line in next(iter(found.comparisons.values())).remarks:
                 note(line)
             emit(FinishedEvent(found))
@@ -262,10 +264,12 @@ class Adapter(Adapters):
 
             required = requirements.parse(_listed(require), [], rows=False, tasks=True)
             opened = open_tasks(_listed(tasks), limit, required)
-            with libraries():
-                from loratune.commands import evaluate
+            with computing():
+                with libraries():
+                    from loratune.commands import evaluate
 
-            return _finish(evaluate.evaluate_tasks(self._directory, opened, required))
+                found = evaluate.evaluate_tasks(self._directory, opened, required)
+            return _finish(found)
 
     def merge(
         self,
@@ -298,7 +302,8 @@ class Adapter(Adapters):
             with libraries():
                 from loratune.commands import merge
 
-            return merge.merge(self._directory, directory, split, dtype=dtype)
+            with computing():
+                return merge.merge(self._directory, directory, split, dtype=dtype)
 
     def push(
         self, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
@@ -360,7 +365,7 @@ class Adapter(Adapters):
             by_scale = self.evaluate_scales(rows, scales, forgetting=BUILTIN) if rows is not None and scales else None
             pages = [(one._directory, one.notes) for one in subjects]
             name = fspath(rows) if isinstance(rows, str | PathLike) else None
-            with file.opened() as writable:
+            with computing(), file.opened() as writable:
                 writable.write(report.report(pages, comparison, name, by_scale))
             return file.path
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from loratune.adapter import options
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, Selection
-from loratune.api import Overrides, Rows, StrPath, assignments, libraries
+from loratune.api import Overrides, Rows, StrPath, assignments, computing, libraries
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.config.sections import WEIGHT
@@ -135,9 +135,10 @@ class Adapters:
             from loratune.commands import generate
 
         names = generate.names(self._selection, read)
-        return generate.answers(
-            self._loaded, names, read, sampling, max_new_tokens, base=base, on_text=on_text, shows_progress=progress
-        )
+        with computing():
+            return generate.answers(
+                self._loaded, names, read, sampling, max_new_tokens, base=base, on_text=on_text, shows_progress=progress
+            )
 
     def chat(self, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> "Chat":
         """Begin a conversation; its method `ask` answers a turn.
@@ -158,7 +159,8 @@ class Adapters:
         with libraries():
             from loratune.commands.chat import Chat
 
-        return Chat(self._loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
+        with computing():
+            return Chat(self._loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def export(
         self,
@@ -211,11 +213,12 @@ class Adapters:
 
             source = next(iter(self._opened.values()))
             split = data.read_source(source_of(rows), source.data) if rows is not None else None
-            if weights:
-                weighted = [(self._opened[name], weight) for name, weight in weights.items()]
-                source = loading.write_mixture(Path(place), weighted)
             made_of = {"mix": dict(weights), "adapter_scale": self.scale}
-            return export.export(source, directory, options, made_of, split=split)
+            with computing():
+                if weights:
+                    weighted = [(self._opened[name], weight) for name, weight in weights.items()]
+                    source = loading.write_mixture(Path(place), weighted)
+                return export.export(source, directory, options, made_of, split=split)
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -335,7 +338,7 @@ def open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requ
     from loratune.system.environment import kept_environment
 
     names = known_tasks.parse(",".join(tasks))
-    with libraries(), kept_environment():
+    with computing(), libraries(), kept_environment():
         from loratune.compare import harness
 
     return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)

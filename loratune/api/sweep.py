@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loratune import config as configs
-from loratune.api import Overrides, StrPath, assignments, libraries
+from loratune.api import Overrides, StrPath, assignments, default_state, libraries, training
 from loratune.api.functions import note_portability, validated
 from loratune.codes import Code
 from loratune.config import RunConfig
@@ -62,7 +62,7 @@ def sweep(
     from loratune.study import grid as grids
     from loratune.study.storage import check_output
 
-    with listening(on_event), _quiet_optuna(), TemporaryDirectory() as folder:
+    with listening(on_event), training(), _quiet_optuna(), TemporaryDirectory() as folder:
         if isinstance(grid, Mapping):
             grid = [f"{key}={_listed(values)}" for key, values in grid.items()]
         given = None if isinstance(config, RunConfig) else Path(config)
@@ -75,12 +75,13 @@ def sweep(
         note_portability(run)
         place = check_output(run, given, storage, overwrite=overwrite)
         checked = validated(run, place, launcher.SINGLE_PROCESS)
-        with libraries():
-            from loratune.commands import sweep as sweeps
-            from loratune.study.trials import Budget
+        with default_state():
+            with libraries():
+                from loratune.commands import sweep as sweeps
+                from loratune.study.trials import Budget
 
-        limit = Budget(seconds, began)
-        return sweeps.Sweep(axes, runs, checked, storage, trials, limit, halving).work()
+            limit = Budget(seconds, began)
+            return sweeps.Sweep(axes, runs, checked, storage, trials, limit, halving).work()
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem
 from loratune.model import load
+from loratune.system import turns
+from loratune.system.accelerator import default_modes
 
 RAW_NOTE = (
     "was trained on raw prompts, which have no turns: it completes each line by itself, as in training, without the "
@@ -123,7 +125,8 @@ class Chat:
             ConfigError: The conversation fills the context.
             DataError, ModelError: The conversation cannot be rendered.
         """
-        reply = self._answer(self.exchanges, question, on_text, stopped)
+        with turns.turn(), default_modes():
+            reply = self._answer(self.exchanges, question, on_text, stopped)
         if reply.text:
             self.exchanges.append(Exchange(question, reply.content, not reply.cut, reply.reasoning))
         return reply
@@ -140,7 +143,7 @@ class Chat:
         if not self.exchanges:
             what, fix = "there is no turn to answer yet", "ask something first"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="/base", fix=fix))
-        with self.adapter.without_adapter():
+        with turns.turn(), default_modes(), self.adapter.without_adapter():
             return self._answer(self.exchanges[:-1], self.exchanges[-1].question, on_text, stopped)
 
     def rows(self) -> list[dict[str, Any]]:
