@@ -22,9 +22,13 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any, Literal, TypeAlias
 
+from loratune.codes import Code
+from loratune.config.arguments import plain
+from loratune.config.yaml_files import kind_of
+from loratune.errors import ConfigError, Problem
 from loratune.events import LIBRARIES, EvaluationEvent, Event, StepEvent, listener, listening, progress
 from loratune.system import turns
 
@@ -38,10 +42,20 @@ MergedDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 def assignments(overrides: Overrides) -> list[str]:
-    """Overrides in the form of `--set`: `KEY=VALUE`."""
+    """Overrides in the form of `--set`: `KEY=VALUE`. Raises ConfigError: see `arguments.plain`; a value is no value of
+    a config."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    return [f"{key}={json.dumps(value, default=fspath)}" for key, value in overrides.items()]
+    found, problems = list[str](), list[Problem]()
+    for key, value in overrides.items():
+        try:
+            found.append(f"{key}={json.dumps(plain(value, key))}")
+        except TypeError:
+            what = f"no config holds such a value, got {kind_of(value)}"
+            problems.append(Problem(Code.CONFIG_BAD_VALUE, what, key=key))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
@@ -19,9 +19,8 @@ from loratune.api.adapters import (
     scaled,
     source_of,
 )
-from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
-from loratune.errors import ConfigError, Problem
+from loratune.config.arguments import checked
 from loratune.events import FinishedEvent, Listener, emit, listening, note, noted
 from loratune.system import output_file
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from loratune.commands.merge import Merged
     from loratune.compare.comparison import Comparison
     from loratune.compare.tasks import TaskResults
-    from loratune.data.formats import Message
     from loratune.export.hub import Upload
 
 Found = TypeVar("Found", "Comparison", "TaskResults")
@@ -45,6 +43,7 @@ class Adapter(Adapters):
         path: The directory.
     """
 
+    @checked
     def __init__(self, path: StrPath, *, scale: float = 1.0, force: bool = False, overrides: Overrides = ()):
         """Open and verify the directory.
 
@@ -114,9 +113,10 @@ class Adapter(Adapters):
         found: Mapping[str, Any] = self.record.get("metrics", {})
         return found
 
+    @checked
     def generate(
         self,
-        prompts: "str | Sequence[str | list[Message]]",
+        prompts: str | Sequence[str | list[dict[str, Any]]],
         *,
         max_new_tokens: int = 256,
         on_event: Listener | None = None,
@@ -141,14 +141,13 @@ class Adapter(Adapters):
             ConfigError: A setting is out of range, or a prompt with its new tokens exceeds the model's context.
             DataError: A prompt cannot be rendered.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{max_new_tokens} is less than 1", key="max_new_tokens"))
         prompts = [prompts] if isinstance(prompts, str) else prompts
         with listening(on_event):
             sampling = Sampling(**options)
             answers = self.answers(prompts, sampling=sampling, max_new_tokens=max_new_tokens)
             return [answer.completion for answer in answers]
 
+    @checked
     def evaluate(
         self,
         rows: Rows,
@@ -222,6 +221,7 @@ class Adapter(Adapters):
                 found = found.with_fields(split.own_fields())
             return _finish(found)
 
+    @checked
     def evaluate_scales(
         self,
         rows: Rows,
@@ -250,6 +250,7 @@ class Adapter(Adapters):
             emit(FinishedEvent(found))
             return found
 
+    @checked
     def run_tasks(
         self,
         tasks: str | Sequence[str],
@@ -271,6 +272,7 @@ class Adapter(Adapters):
                 found = evaluate.evaluate_tasks(self._directory, opened, required)
             return _finish(found)
 
+    @checked
     def merge(
         self,
         output: StrPath,
@@ -293,9 +295,6 @@ class Adapter(Adapters):
             AdapterError: The adapter cannot be merged, or the merged model is not closer to it than to its base.
             ConfigError, ModelError, DataError, ResourceError, LockedError: Output, base or rows cannot be used.
         """
-        if dtype is not None and dtype not in get_args(MergedDtype):
-            what, fix = f"{dtype} is not a dtype of a model", f"use {', '.join(get_args(MergedDtype))}"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="dtype", fix=fix))
         with listening(on_event):
             directory = output_directory(output, self._opened, rows, overwrite=overwrite)
             split = read_held_out(rows, self._directory.data) if rows is not None else None
@@ -305,6 +304,7 @@ class Adapter(Adapters):
             with computing():
                 return merge.merge(self._directory, directory, split, dtype=dtype)
 
+    @checked
     def push(
         self, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
     ) -> "Upload":
@@ -326,6 +326,7 @@ class Adapter(Adapters):
 
             return push.push(self._noted[0].files, repository, public=public, base=base)
 
+    @checked
     def report(
         self,
         output: StrPath,

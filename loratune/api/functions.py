@@ -3,8 +3,8 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from loratune import config as configs
 from loratune.api import Overrides, Rows, StrPath, assignments, computing, default_state, libraries, training
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.config.arguments import checked, plain
 from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note
 from loratune.system import launcher, output_file
@@ -50,6 +51,7 @@ class PublishedAdapter:
         return values | {"peak_memory": trained.peak_memory, "not_accelerated": dict(trained.not_accelerated)}
 
 
+@checked
 def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) -> RunConfig:
     """Read a config from a YAML file, or from plain values.
 
@@ -62,10 +64,11 @@ def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) 
             `ValidationError`.)
     """
     if isinstance(source, Mapping):
-        return configs.from_values(deepcopy(dict(source)), "the config", assignments(overrides))
+        return configs.from_values(plain(source), "the config", assignments(overrides))
     return configs.load(Path(source), assignments(overrides))
 
 
+@checked
 def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> "Explanation":
     """Explain keys of a config: meaning, cost, and with a config file the effective values.
 
@@ -88,6 +91,7 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
     return found
 
 
+@checked
 def train(
     config: RunConfig,
     *,
@@ -173,6 +177,7 @@ def train_now(
             raise
 
 
+@checked
 def plan(
     config: RunConfig,
     *,
@@ -214,8 +219,14 @@ def join_processes() -> Group:
     return processes.join()
 
 
+@checked
 def init(
-    rows: str, *, model: str, output: StrPath | None = None, overrides: Overrides = (), on_event: Listener | None = None
+    rows: StrPath,
+    *,
+    model: StrPath,
+    output: StrPath | None = None,
+    overrides: Overrides = (),
+    on_event: Listener | None = None,
 ) -> RunConfig:
     """Choose a config for rows and a model. No weights are loaded or downloaded.
 
@@ -234,7 +245,7 @@ def init(
         with libraries():
             from loratune.commands import init_start
 
-        draft, run = init_start.start(rows, model, assignments(overrides), file)
+        draft, run = init_start.start(fspath(rows), fspath(model), assignments(overrides), file)
         with computing():
             with libraries():
                 from loratune.commands import init
@@ -247,6 +258,7 @@ def init(
         return started.run
 
 
+@checked
 def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> "Params":
     """Count trainable parameters and estimate the memory for training, from the model's configuration alone.
 
@@ -263,6 +275,7 @@ def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> 
             return params.params(config)
 
 
+@checked
 def environment(*, self_test: bool = False, on_event: Listener | None = None) -> "Environment":
     """Find out what this machine has for training, and what to do where something is slow or missing.
 
@@ -285,6 +298,7 @@ def environment(*, self_test: bool = False, on_event: Listener | None = None) ->
         return replace(env.describe(), checks=checks)  # the page names what failed now
 
 
+@checked
 def push(
     path: StrPath, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
 ) -> "Upload":
@@ -299,6 +313,7 @@ def push(
         return push.push(adapter_files.inspect(Path(path)), repository, public=public, base=base)
 
 
+@checked
 def adapter_stats(path: StrPath) -> "AdapterStats":
     """Statistics from the files of an adapter, without its base: rank, scaling, norm and effective rank of each update.
 
@@ -310,6 +325,7 @@ def adapter_stats(path: StrPath) -> "AdapterStats":
         return stats.adapter_stats(adapter_files.inspect(Path(path)))
 
 
+@checked
 def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False) -> Path:
     """Write an HTML page on the study of a sweep. Returns the file.
 

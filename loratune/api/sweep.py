@@ -15,6 +15,7 @@ from loratune.api import Overrides, StrPath, assignments, default_state, librari
 from loratune.api.functions import note_portability, validated
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.config.arguments import checked, plain
 from loratune.errors import ConfigError, missing_package
 from loratune.events import Listener, listening
 from loratune.system import launcher
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loratune.commands.sweep import SweepResult
 
 
+@checked
 def sweep(
     config: RunConfig | StrPath,
     grid: Mapping[str, Sequence[Any] | str] | Sequence[str],
@@ -103,4 +105,4 @@ def _listed(values: Sequence[Any] | str) -> str:
     """The values of an axis in the form of the command line; a string is a range."""
     if isinstance(values, str):
         return values
-    return ",".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+    return ",".join(value if isinstance(value, str) else json.dumps(plain(value)) for value in values)

@@ -9,6 +9,7 @@ from loratune.adapter.generation import LoadedAdapter, TextPieces
 from loratune.adapter.loading import LoadedAdapters
 from loratune.adapter.options import GREEDY, Sampling
 from loratune.codes import Code
+from loratune.config.arguments import checked
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem
 from loratune.model import load
@@ -92,6 +93,7 @@ class Chat:
         adapters = self._loaded.by_name.values() or [self._loaded.default]
         return [f"{adapter.where}: {RAW_NOTE}" for adapter in adapters if not adapter.chat]
 
+    @checked
     def use(self, name: str) -> None:
         """Use another adapter from now on. Raises ConfigError: there is no adapter with this name."""
         if name not in self._loaded.by_name:
@@ -99,6 +101,7 @@ class Chat:
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key="/adapter", fix=fix))
         self.name = name
 
+    @checked
     def set_system(self, text: str) -> None:
         """Set the system message from now on; an empty text removes it. Raises ConfigError: the adapter was trained on
         raw prompts."""
@@ -111,6 +114,7 @@ class Chat:
         """Clear the conversation; the system message and the adapter stay."""
         self.exchanges.clear()
 
+    @checked
     def ask(
         self, question: str, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
@@ -122,15 +126,18 @@ class Chat:
             stopped: Called after each token; returns whether to stop.
 
         Raises:
-            ConfigError: The conversation fills the context.
+            ConfigError: The turn is empty, or the conversation fills the context.
             DataError, ModelError: The conversation cannot be rendered.
         """
+        if not question:
+            raise ConfigError(Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", key="question"))
         with turns.turn(), default_modes():
             reply = self._answer(self.exchanges, question, on_text, stopped)
         if reply.text:
             self.exchanges.append(Exchange(question, reply.content, not reply.cut, reply.reasoning))
         return reply
 
+    @checked
     def ask_base(
         self, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
