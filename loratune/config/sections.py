@@ -274,9 +274,9 @@ class LoraSection(Section):
     lora_alpha: Count | Auto = Field(16, description="the update is scaled by lora_alpha / r; auto: 16")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
-        AUTO,
+        ["q", "k", "v", "o"],
         description="roles (q, k, v, o), exact names, a regular expression, or all-linear, which leaves out stacked "
-        "experts and routers; auto: all-linear",
+        "experts and routers; auto: those of the lora.start_from adapter, otherwise all-linear",
     )
     target_parameters: list[str] | str | None = Field(
         None,
