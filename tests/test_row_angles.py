@@ -1,13 +1,14 @@
 """Rows on both sides of a length at which a model switches its rotary frequencies are computed as each alone."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import config_in, write_rows
 from families import small, small_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import WEIGHTS, Cli, MakeConfig, curve
@@ -21,7 +22,7 @@ from loratune import kernels
 from loratune.adapter import generation, padding
 from loratune.adapter.generation import LoadedAdapter, SharedPrompts
 from loratune.adapter.options import Sampling
-from loratune.compare import behavior
+from loratune.compare import behavior, harness
 from loratune.compare.engine import Engine
 from loratune.config import DataSection
 from loratune.data.batches import flatten, pad, padding_refusal
@@ -361,3 +362,61 @@ def test_training_and_evaluation_are_those_of_stock_transformers_row_by_row(
     expected = float(sum(total for total, _ in of_rows)) / sum(count for _, count in of_rows)
     adapter = loratune.Adapter(tmp_path / "out")
     assert adapter.evaluate(HELD_OUT).to_dict()["adapter"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One on that base."""
+    path = tmp_path_factory.mktemp("adapter")
+    settings = {"max_steps": 4, "learning_rate": 0.003, "per_device_train_batch_size": 4}
+    config = config_in(path, base)(data={"train": str(write_rows(path / "train.jsonl", TRAIN))}, training=settings)
+    ran = cli("train", config, "--allow-worse")
+    assert ran.code == 0, ran.err
+    return path / "out"
+
+
+def test_answers_and_tasks_are_those_of_stock_transformers_row_by_row(
+    base: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The harness pads without a mask, so it gets rows beyond a limit one by one."""
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    ours = loratune.Adapter(adapter)
+    prompts = [
+        (3 * row["prompt"])[:length] for row, length in zip(TRAIN, (20, 100, 52, 58, 63, 64, 65, 30), strict=False)
+    ]
+    expected = [
+        tokenizer.decode(uncached(stock, tokenizer(prompt).input_ids), skip_special_tokens=True) for prompt in prompts
+    ]
+    assert ours.generate(prompts, max_new_tokens=NEW) == expected
+    with harness.contained():
+        model = harness._HarnessedModel(ours._loaded.default, "adapter", sys.stderr)
+        asked: list[Any] = [SimpleNamespace(args=(row["prompt"], row["completion"])) for row in TRAIN]
+        found = [nats for nats, _ in model.loglikelihood(asked)]
+        asked = [SimpleNamespace(args=(prompt, {"until": ["\0"], "max_gen_toks": NEW})) for prompt in prompts]
+        assert model.generate_until(asked) == expected
+    for row, nats in zip(TRAIN, found, strict=True):
+        ids, answer = tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"]).input_ids
+        logits = logits_alone(stock, [*ids, *answer])[len(ids) - 1 : -1]
+        assert nats == pytest.approx(
+            -float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")), rel=1e-4
+        )
+
+
+def test_a_division_of_pairs_changes_nothing(base: Path, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Also where a pair has answers on both sides."""
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " is not" * (number % 4 * 3 + 1)}
+            for number, row in enumerate(text_rows(30, 100, 60, 35, 63, 90, 50, 40))]  # fmt: skip
+    data = {"train": str(write_rows(tmp_path / "pairs.jsonl", rows)), "packing": "none", "max_length": 128}
+    found = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        training = SETTINGS | {"objective": "dpo", "max_steps": 2, "eval_steps": None}
+        training |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        path = run_config(
+            model={"name_or_path": str(base)}, data=data, training=training, output_dir=str(tmp_path / str(batch))
+        )
+        ran = cli("train", path, "--allow-worse")
+        assert ran.code == 0, ran.err
+        found.append(load_file(tmp_path / str(batch) / WEIGHTS))
+    for name, weight in found[0].items():
+        if "lora_B" in name:  # which begins at 0
+            assert float((weight - found[1][name]).norm()) < 1e-4 * float(weight.norm()), name

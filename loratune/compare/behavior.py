@@ -285,7 +285,7 @@ def write(
     limits, was_training = kernels.length_limits(model.config), model.training
     one_by_one = any(kernels.crosses(limits, len(ids), max_new_tokens) for ids in given)
     each = _WRITTEN_AT_ONCE if engine.writes_padded and not one_by_one else 1
-    writing = counting("writing, in tokens of each text", passes(engine, len(given), max_new_tokens))
+    writing = counting("writing, in tokens of each text", -(-len(given) // each) * max_new_tokens)
     model.eval()
     try:
         with writing as advance, accelerator.same_random_numbers(model.device), torch.no_grad():
