@@ -390,12 +390,12 @@ def test_answers_and_tasks_are_those_of_stock_transformers_row_by_row(
     assert ours.generate(prompts, max_new_tokens=NEW) == expected
     with harness.contained():
         model = harness._HarnessedModel(ours._loaded.default, "adapter", sys.stderr)
-        asked: list[Any] = [SimpleNamespace(args=(row["prompt"], row["completion"])) for row in TRAIN]
+        asked: list[Any] = [SimpleNamespace(args=(row["prompt"].rstrip(), row["completion"])) for row in TRAIN]
         found = [nats for nats, _ in model.loglikelihood(asked)]
         asked = [SimpleNamespace(args=(prompt, {"until": ["\0"], "max_gen_toks": NEW})) for prompt in prompts]
         assert model.generate_until(asked) == expected
     for row, nats in zip(TRAIN, found, strict=True):
-        ids, answer = tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"]).input_ids
+        ids, answer = tokenizer(row["prompt"].rstrip()).input_ids, tokenizer(row["completion"]).input_ids
         logits = logits_alone(stock, [*ids, *answer])[len(ids) - 1 : -1]
         assert nats == pytest.approx(
             -float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")), rel=1e-4

@@ -28,7 +28,7 @@ def length_limits(config: Any) -> tuple[int, ...]:
     Returns:
         The limits in tokens; none if the results of a row never depend on its length.
     """
-    parameters: Mapping[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parameters: Mapping[str, Any] = config.get_text_config().to_dict().get("rope_parameters") or {}
     several = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
     found = {one.get(SWITCHING[one["rope_type"]]) for one in several if one.get("rope_type") in SWITCHING}
     return tuple(sorted(int(limit) for limit in found if limit))
