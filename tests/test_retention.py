@@ -25,8 +25,13 @@ from loratune.training import reference, retention
 SETTINGS = {"kl_weight": 2.0, "num_samples": 6, "max_new_tokens": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "mixtral": {}, "gemma2": {"final_logit_softcapping": 2.0}, "cohere": {}, "falcon_h1": {}, "bamba": {},
+    "phi3": {"original_max_position_embeddings": 16, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        "partial_rotary_factor": 1.0, "original_max_position_embeddings": 16,
+    }},
 }  # fmt: skip
-"""Dense, with experts, with capped and with scaled logits, hybrids; with what makes it visible."""
+"""Dense, with experts, with capped and with scaled logits, hybrids, with rotations that depend on the length (texts are
+shorter than 16 tokens, rows on both sides); with what makes it visible."""
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " 7"} for row in ROWS]
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import data, kernels
+from loratune.adapter import padding
 from loratune.adapter.padding import NO_STOP, pad_left
 from loratune.codes import Code
 from loratune.compare.engine import Engine, ScoringLayout
@@ -281,8 +282,10 @@ def write(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=engine.pad_id, **draw
     )
-    each, was_training = _WRITTEN_AT_ONCE if engine.writes_padded else 1, model.training
-    writing = counting("writing, in tokens of each text", passes(engine, len(given), max_new_tokens))
+    limits, was_training = kernels.length_limits(model.config), model.training
+    one_by_one = any(kernels.crosses(limits, len(ids), max_new_tokens) for ids in given)
+    each = _WRITTEN_AT_ONCE if engine.writes_padded and not one_by_one else 1
+    writing = counting("writing, in tokens of each text", -(-len(given) // each) * max_new_tokens)
     model.eval()
     try:
         with writing as advance, accelerator.same_random_numbers(model.device), torch.no_grad():
@@ -291,7 +294,7 @@ def write(
             for start in range(0, len(given), each):
                 inputs = pad_left(model, given[start : start + each], engine.pad_id)
                 with _as_unsupported(), kernels.dense_states(model):
-                    ids = model.generate(**inputs, generation_config=settings, stopping_criteria=[_Counted(advance)])
+                    ids = padding.write(model, inputs, settings, _Counted(advance))
                     written = ids[:, inputs["input_ids"].shape[1] :]
                 for ids in written.tolist():
                     end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))

@@ -136,7 +136,8 @@ def batch(
                 layouts[name] = BatchLayout(items, split.rows.lengths, packing, size, longest, pad_id, together)
         saved, more = sharing(model, layouts["train"], section, acceleration)
     if saved is not None:
-        layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
+        limits = kernels.length_limits(model.config)
+        layouts = {name: layout.sharing(saved, limits) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     flat, trees = None if mixed else packing != "none", None if saved is None else True
     engine = Engine(model, section, pad_id, acceleration, flat=flat, trees=trees, group=group)
