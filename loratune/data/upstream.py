@@ -65,15 +65,12 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     return dict(tokenizer.init_kwargs)
 
 
-def chat_template_environment(source: str) -> jinja2.Environment:
-    """Returns the Jinja environment of `apply_chat_template`, with its sandbox, filters and extensions.
+def chat_template_environment() -> jinja2.Environment:
+    """Returns the Jinja environment of `apply_chat_template`, with its filters, functions and extensions.
 
-    A template with marked loops must be rendered in the same environment, which transformers does not expose.
-
-    Raises:
-        jinja2.TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source cannot be compiled.
+    A template must be rendered with the same, which transformers does not expose.
     """
-    environment: jinja2.Environment = _compile_jinja_template(source).environment
+    environment: jinja2.Environment = _compile_jinja_template("").environment
     return environment
 
 
