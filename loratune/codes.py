@@ -42,7 +42,7 @@ class Code(StrEnum):
     SYSTEM_OUT_OF_MEMORY = "system.out_of_memory", "The process ran out of memory, or would."
     SYSTEM_CALL_FAILED = "system.call_failed", "The operating system refused to read or write a file."
     SYSTEM_DISK_FULL = "system.disk_full", "A disk or quota is full, or has too little room for what will be written."
-    SYSTEM_LOCKED = "system.locked", "Another run is using the same directory or database."
+    SYSTEM_LOCKED = "system.locked", "Another run is using the same directory, database or process."
     SYSTEM_MISSING_PACKAGE = "system.missing_package", "A package that a setting or option needs is not installed."
 
     SYSTEM_SELF_TEST = "system.self_test", "A check of `loratune env --self-test` found a wrong result."

@@ -161,21 +161,32 @@ LIBRARIES = "loading libraries"
 _INTERVAL = 0.1
 """Minimum seconds between two events of one task."""
 
-_listener: ContextVar[Listener] = ContextVar("listener", default=lambda event: None)
+
+def _ignore(event: Event) -> None:
+    """The listener of a program that has none."""
+
+
+_listener: ContextVar[Listener] = ContextVar("listener", default=_ignore)
+_emitting: ContextVar[bool] = ContextVar("emitting", default=False)
+"""Whether a listener is being called."""
 _tasks = itertools.count(1)
 
 
 @contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Send events inside to this listener; if it is None, the current listener stays."""
-    if listener is None:
+    """Send events inside to this listener.
+
+    If it is None, the current listener stays, but does not receive the events of what it calls itself.
+    """
+    if listener is None and not _emitting.get():
         yield
         return
-    token = _listener.set(listener)
+    token, emitting = _listener.set(listener or _ignore), _emitting.set(False)
     try:
         yield
     finally:
         _listener.reset(token)
+        _emitting.reset(emitting)
 
 
 def listener() -> Listener:
@@ -185,7 +196,11 @@ def listener() -> Listener:
 
 def emit(event: Event) -> None:
     """Send an event to the current listener."""
-    _listener.get()(event)
+    token = _emitting.set(True)
+    try:
+        _listener.get()(event)
+    finally:
+        _emitting.reset(token)
 
 
 def note(text: str) -> None:

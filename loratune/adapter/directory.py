@@ -19,8 +19,8 @@ from loratune.system import release
 from loratune.system.directories import ROW_HASHES, is_adapter_file
 from loratune.system.files import versioned, write_json
 
-RUN_FILE = "run.yaml"
-"""The resolved config of the run that made the adapter."""
+RUN_FILE, TOKENIZER_FILE = "run.yaml", "tokenizer_config.json"
+"""The resolved config of the run that made the adapter, and the file that every tokenizer has."""
 
 _PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
 """Packages whose versions are in the record of an export."""
@@ -82,13 +82,14 @@ class AdapterDirectory:
         for edit in edits:
             note(str(edit))
         base = _base(files)
-        if not (path / RUN_FILE).is_file():
+        if RUN_FILE not in files.states:
             if assignments:
                 what, fix = "the adapter has no run.yaml whose keys could be set", "leave out --set"
                 raise ConfigError(Problem(Code.USAGE_CONFLICT, what, str(path), "--set", fix))
             base = base.model_copy(update={"gguf_file": _recorded_gguf(files)})
             return cls(files, base, DataSection(train=Source(path="unknown")), False, None, forced)
-        run = _recorded_run(path / RUN_FILE, assignments)
+        with files.reading():
+            run = _recorded_run(path / RUN_FILE, assignments)
         loading = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
         return cls(files, base.model_copy(update=loading), run.data, files.record.get("chat") is True, run, forced)
 
@@ -97,22 +98,22 @@ class AdapterDirectory:
         """The directory."""
         return self.files.path
 
-    def tokenizer_files(self) -> list[Path]:
-        """The files of its tokenizer.
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it holds the tokenizer of its training."""
+        return TOKENIZER_FILE in self.files.states
+
+    def copy_tokenizer(self, target: Path, *others: str) -> None:
+        """Copy the files of the tokenizer to another directory, and the other named files that exist.
 
         No other file may be copied to a model directory: a foreign `config.json` or weights would replace the model's.
         """
-        settings = self.path / "tokenizer_config.json"
-        has_code = settings.is_file() and b"auto_map" in settings.read_bytes()
-        names = adapter_files.manifest(self.path)
-        return [self.path / name for name in names if _is_of_tokenizer(name, has_code)]
-
-    def copy_tokenizer(self, target: Path, *others: str) -> None:
-        """Copy the files of the tokenizer to another directory, and the other named files that exist."""
-        for file in (*self.tokenizer_files(), *(self.path / name for name in others if (self.path / name).is_file())):
-            place = target / file.relative_to(self.path)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+        with self.files.reading() as path:
+            has_code = self.has_tokenizer and b"auto_map" in (path / TOKENIZER_FILE).read_bytes()
+            names = [name for name in self.files.states if _is_of_tokenizer(name, has_code) or name in others]
+            for name in names:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path / name, target / name)
 
     def write_record(self, staging: Path, kind: str, details: Mapping[str, Any]) -> None:
         """Write the `loratune.json` of an export of this adapter, with the kind of the export and its files.
@@ -122,12 +123,14 @@ class AdapterDirectory:
             kind: The kind of the export, such as "merged model".
             details: The results of its comparison, and other fields specific to the kind.
         """
+        with self.files.reading() as path:
+            own = adapter_files.manifest(path)
         record = {
             "kind": kind,
             "versions": release.versions(_PACKAGES),
             "base": self.base.model_dump(include={"name_or_path", "revision", "gguf_file"}),
             "fingerprints": {"base": self.files.base_fingerprint},
-            "adapter": adapter_files.manifest(self.path),
+            "adapter": own,
             **details,
             "files": adapter_files.manifest(staging),
         }

@@ -245,7 +245,7 @@ class _Ends(StoppingCriteria):
         self._tokens = 4 * max(map(len, stop), default=0) + 8  # a token may be a single byte of a character
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        ended = [self._stopped()] * len(input_ids)
+        ended = [bool(self._stopped())] * len(input_ids)
         if self._stop:
             new = input_ids[:, self._start :][:, -self._tokens :]
             texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in new]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loratune import kernels
-from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter, SharedPrompts, reader
 from loratune.adapter.options import Selection
 from loratune.codes import Code
@@ -121,8 +121,9 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         if not is_same and not adapter.forced:
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(adapter.files.path), fix=fix))
-    files = merging.weighted_sum([(adapter.files, weight) for adapter, weight in weighted]).write(directory)
-    first.copy_tokenizer(directory, "run.yaml")
+    mixed = merging.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
+    first.copy_tokenizer(directory, RUN_FILE)
+    files = mixed.write(directory)
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
     copies = {place: shape for adapter, _ in weighted for place, shape in adapter.files.copies.items()}
@@ -216,12 +217,13 @@ def load_tokenizer_of(adapter: AdapterDirectory) -> Any:
         AdapterError: The tokenizer of the adapter cannot be read.
         ModelError: The tokenizer of the base cannot be read.
     """
-    path = adapter.files.path
-    own = (path / "tokenizer_config.json").is_file()
+    if not adapter.has_tokenizer:
+        return load_tokenizer(adapter.base)
     try:
-        return load_tokenizer(ModelSection(name_or_path=str(path)) if own else adapter.base)
+        with adapter.files.reading() as path:
+            return load_tokenizer(ModelSection(name_or_path=str(path)))
     except ModelError as error:
-        raise AdapterError(error.problems) if own else error from None
+        raise AdapterError(error.problems) from None
 
 
 def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) -> None:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, get_type_hints
 
 from loratune.codes import Code
+from loratune.config.arguments import check
 from loratune.config.yaml_files import number
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
@@ -50,9 +51,11 @@ def parse_selection(values: Sequence[str], use: str | None = None, mix: str | No
         mix: NAME:WEIGHT, separated by commas.
 
     Raises:
-        ConfigError: A name is invalid, reserved or unknown; a name or directory is repeated; one of several adapters
-            has no name; a weight is not a finite number; --use and --mix are both given.
+        ConfigError: There is none; a name is invalid, reserved or unknown; a name or directory is repeated; one of
+            several adapters has no name; a weight is not a finite number; --use and --mix are both given.
     """
+    if not values:
+        raise _refused("there is none", "--adapter", "name one or more")
     named = [_split(value) for value in values]
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):
         bare = next(str(path) for name, path in named if name == UNNAMED)
@@ -142,7 +145,9 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def check(self) -> None:
-        """Raises ConfigError: a setting is out of range, or has no effect."""
+        """Raises ConfigError: a setting is of another type or out of range, or has no effect."""
+        for name, expected in get_type_hints(SamplingOptions).items():
+            check(name, getattr(self, name), expected)
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most and not (name == "temperature" and value == 0):

@@ -4,6 +4,13 @@ Long-running functions take `on_event`, a function that is called with events, s
 printed; signal handlers, warnings and environment variables are unchanged or restored. Errors are those of
 `loratune.errors`; their `.problems` name parameters as on the command line, such as `--output`.
 
+One thread of a process computes at a time, as random states belong to the process: other threads wait for their turn,
+`train` and `sweep` let them compute between two steps, and a second `train` or `sweep` raises LockedError at once. What
+`on_event` and the like call has to wait until the function is done, and raises LockedError; between two steps of
+training it may compute. Afterwards the random states of Python, NumPy and torch, torch's default dtype and device,
+gradient, inference and autocast mode are those of the program, and none of them changes a result; only sampling without
+a seed draws from torch's random state.
+
 Modules of this package import torch and other large libraries inside functions, so that errors in a config or in rows
 are found without them.
 """
@@ -15,10 +22,15 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any, Literal, TypeAlias
 
-from loratune.events import LIBRARIES, progress
+from loratune.codes import Code
+from loratune.config.arguments import plain
+from loratune.config.yaml_files import kind_of
+from loratune.errors import ConfigError, Problem
+from loratune.events import LIBRARIES, EvaluationEvent, Event, StepEvent, listener, listening, progress
+from loratune.system import turns
 
 StrPath: TypeAlias = str | PathLike[str]
 Rows: TypeAlias = Any
@@ -30,10 +42,20 @@ MergedDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 def assignments(overrides: Overrides) -> list[str]:
-    """Overrides in the form of `--set`: `KEY=VALUE`."""
+    """Overrides in the form of `--set`: `KEY=VALUE`. Raises ConfigError: see `arguments.plain`; a value is no value of
+    a config."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    return [f"{key}={json.dumps(value, default=fspath)}" for key, value in overrides.items()]
+    found, problems = list[str](), list[Problem]()
+    for key, value in overrides.items():
+        try:
+            found.append(f"{key}={json.dumps(plain(value, key))}")
+        except TypeError:
+            what = f"no config holds such a value, got {kind_of(value)}"
+            problems.append(Problem(Code.CONFIG_BAD_VALUE, what, key=key))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 @contextmanager
@@ -70,3 +92,38 @@ def libraries() -> Iterator[None]:
             atexit.register(gc.unfreeze)  # at its end, Python collects all: nanobind would report what is left as leaks
             if was_enabled:
                 gc.enable()
+
+
+@contextmanager
+def default_state() -> Iterator[None]:
+    """Import the libraries, and set aside the random states and torch's modes of the program inside."""
+    with libraries():
+        from loratune.system import accelerator
+
+    with accelerator.kept_random_states(), accelerator.default_modes():
+        yield
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Compute inside, when it is the turn of this thread, see `turns.turn`; with `default_state`."""
+    with turns.turn(), default_state():
+        yield
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Train inside, see `turns.training`. Whoever waits has a turn between two steps, as has the listener of events."""
+    outer = listener()
+
+    def pass_on(event: Event) -> None:
+        if not isinstance(event, StepEvent | EvaluationEvent):
+            outer(event)
+            return
+        from loratune.system import accelerator
+
+        with accelerator.kept_random_states(), turns.passed_on():
+            outer(event)
+
+    with turns.training(), listening(pass_on):
+        yield

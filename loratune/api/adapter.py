@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
-from loratune.api import MergedDtype, Overrides, Rows, StrPath, libraries
+from loratune.api import MergedDtype, Overrides, Rows, StrPath, computing, libraries
 from loratune.api.adapters import (
     Adapters,
     check_metrics,
@@ -19,10 +19,8 @@ from loratune.api.adapters import (
     scaled,
     source_of,
 )
-from loratune.api.functions import push
-from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
-from loratune.errors import ConfigError, Problem
+from loratune.config.arguments import checked
 from loratune.events import FinishedEvent, Listener, emit, listening, note, noted
 from loratune.system import output_file
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from loratune.commands.merge import Merged
     from loratune.compare.comparison import Comparison
     from loratune.compare.tasks import TaskResults
-    from loratune.data.formats import Message
     from loratune.export.hub import Upload
 
 Found = TypeVar("Found", "Comparison", "TaskResults")
@@ -46,6 +43,7 @@ class Adapter(Adapters):
         path: The directory.
     """
 
+    @checked
     def __init__(self, path: StrPath, *, scale: float = 1.0, force: bool = False, overrides: Overrides = ()):
         """Open and verify the directory.
 
@@ -75,11 +73,11 @@ class Adapter(Adapters):
     def _noted(self) -> tuple[AdapterDirectory, tuple[str, ...]]:
         with noted() as notes:
             opened = AdapterDirectory.open(self.path, forced=self._force, assignments=self._overrides)
-        return scaled(opened, self.scale), tuple(notes)
+        return opened, tuple(notes)
 
-    @property
+    @cached_property
     def _directory(self) -> AdapterDirectory:
-        return self._noted[0]
+        return scaled(self._noted[0], self.scale)
 
     @cached_property
     def _opened(self) -> Mapping[str, AdapterDirectory]:
@@ -115,9 +113,10 @@ class Adapter(Adapters):
         found: Mapping[str, Any] = self.record.get("metrics", {})
         return found
 
+    @checked
     def generate(
         self,
-        prompts: "str | Sequence[str | list[Message]]",
+        prompts: str | Sequence[str | list[dict[str, Any]]],
         *,
         max_new_tokens: int = 256,
         on_event: Listener | None = None,
@@ -142,14 +141,13 @@ class Adapter(Adapters):
             ConfigError: A setting is out of range, or a prompt with its new tokens exceeds the model's context.
             DataError: A prompt cannot be rendered.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{max_new_tokens} is less than 1", key="max_new_tokens"))
         prompts = [prompts] if isinstance(prompts, str) else prompts
         with listening(on_event):
             sampling = Sampling(**options)
             answers = self.answers(prompts, sampling=sampling, max_new_tokens=max_new_tokens)
             return [answer.completion for answer in answers]
 
+    @checked
     def evaluate(
         self,
         rows: Rows,
@@ -202,25 +200,28 @@ class Adapter(Adapters):
             opened = open_tasks(tasks, limit, required) if tasks else None
             split = read_held_out(rows, self._directory.data)
             if any(not one.of_task for one in required):
-                overlap = splits.find_overlap(split, self.path)
+                with self._directory.files.reading() as path:
+                    overlap = splits.find_overlap(split, path)
                 requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
                 if overlap.unknown:
                     note(overlap.unknown)
             check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
-            with libraries():
-                from loratune.commands import evaluate
-                from loratune.compare.answers import Judging
+            with computing():
+                with libraries():
+                    from loratune.commands import evaluate
+                    from loratune.compare.answers import Judging
 
-            found = evaluate.evaluate(
-                self._directory, split, against=other._directory if other is not None else None,
-                judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
-                subject=evaluate.EvaluatedAdapter(self._loaded.default) if other is None else None,
-            ).judged(required)  # fmt: skip
+                found = evaluate.evaluate(
+                    self._directory, split, against=other._directory if other is not None else None,
+                    judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
+                    subject=evaluate.EvaluatedAdapter(self._loaded.default) if other is None else None,
+                ).judged(required)  # fmt: skip
             if keep_fields:
                 found = found.with_fields(split.own_fields())
             return _finish(found)
 
+    @checked
     def evaluate_scales(
         self,
         rows: Rows,
@@ -242,12 +243,14 @@ class Adapter(Adapters):
             check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
             options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
-            found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)
+            with computing():
+                found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)
             for line in next(iter(found.comparisons.values())).remarks:
                 note(line)
             emit(FinishedEvent(found))
             return found
 
+    @checked
     def run_tasks(
         self,
         tasks: str | Sequence[str],
@@ -262,11 +265,14 @@ class Adapter(Adapters):
 
             required = requirements.parse(_listed(require), [], rows=False, tasks=True)
             opened = open_tasks(_listed(tasks), limit, required)
-            with libraries():
-                from loratune.commands import evaluate
+            with computing():
+                with libraries():
+                    from loratune.commands import evaluate
 
-            return _finish(evaluate.evaluate_tasks(self._directory, opened, required))
+                found = evaluate.evaluate_tasks(self._directory, opened, required)
+            return _finish(found)
 
+    @checked
     def merge(
         self,
         output: StrPath,
@@ -289,17 +295,16 @@ class Adapter(Adapters):
             AdapterError: The adapter cannot be merged, or the merged model is not closer to it than to its base.
             ConfigError, ModelError, DataError, ResourceError, LockedError: Output, base or rows cannot be used.
         """
-        if dtype is not None and dtype not in get_args(MergedDtype):
-            what, fix = f"{dtype} is not a dtype of a model", f"use {', '.join(get_args(MergedDtype))}"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="dtype", fix=fix))
         with listening(on_event):
             directory = output_directory(output, self._opened, rows, overwrite=overwrite)
             split = read_held_out(rows, self._directory.data) if rows is not None else None
             with libraries():
                 from loratune.commands import merge
 
-            return merge.merge(self._directory, directory, split, dtype=dtype)
+            with computing():
+                return merge.merge(self._directory, directory, split, dtype=dtype)
 
+    @checked
     def push(
         self, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
     ) -> "Upload":
@@ -315,8 +320,13 @@ class Adapter(Adapters):
             AdapterError: Its files have changed, or contain a local path.
             ConfigError, ModelError, ResourceError, LockedError: The hub refuses the upload or cannot be reached.
         """
-        return push(self.path, repository, public=public, base=base, on_event=on_event)
+        with listening(on_event):
+            with libraries():
+                from loratune.commands import push
 
+            return push.push(self._noted[0].files, repository, public=public, base=base)
+
+    @checked
     def report(
         self,
         output: StrPath,
@@ -356,7 +366,7 @@ class Adapter(Adapters):
             by_scale = self.evaluate_scales(rows, scales, forgetting=BUILTIN) if rows is not None and scales else None
             pages = [(one._directory, one.notes) for one in subjects]
             name = fspath(rows) if isinstance(rows, str | PathLike) else None
-            with file.opened() as writable:
+            with computing(), file.opened() as writable:
                 writable.write(report.report(pages, comparison, name, by_scale))
             return file.path
 

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from loratune.adapter import options
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, Selection
-from loratune.api import Overrides, Rows, StrPath, assignments, libraries
+from loratune.api import Overrides, Rows, StrPath, assignments, computing, libraries
 from loratune.codes import Code
 from loratune.config import DataSection, Source
+from loratune.config.arguments import checked
 from loratune.config.sections import WEIGHT
 from loratune.config.yaml_files import number
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import Listener, listening, note
+from loratune.system.files import path_problem
 from loratune.system.output_dir import OutputDirectory
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Adapters:
         scale: What their updates are multiplied by.
     """
 
+    @checked
     def __init__(
         self,
         adapters: Mapping[str, StrPath] | Sequence[str],
@@ -103,6 +106,7 @@ class Adapters:
 
         return loading.load_selection(self._opened, self._selection)
 
+    @checked
     def answers(
         self,
         rows: Rows | BinaryIO,
@@ -129,16 +133,19 @@ class Adapters:
             ConfigError: As `Adapter.generate`.
         """
         sampling.check()
+        _check_new_tokens(max_new_tokens)
         read = _read_prompts(rows)
         self.open()
         with libraries():
             from loratune.commands import generate
 
         names = generate.names(self._selection, read)
-        return generate.answers(
-            self._loaded, names, read, sampling, max_new_tokens, base=base, on_text=on_text, shows_progress=progress
-        )
+        with computing():
+            return generate.answers(
+                self._loaded, names, read, sampling, max_new_tokens, base=base, on_text=on_text, shows_progress=progress
+            )
 
+    @checked
     def chat(self, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> "Chat":
         """Begin a conversation; its method `ask` answers a turn.
 
@@ -154,12 +161,15 @@ class Adapters:
         """
         sampling = Sampling(temperature)
         sampling.check()
+        _check_new_tokens(max_new_tokens)
         self.open()
         with libraries():
             from loratune.commands.chat import Chat
 
-        return Chat(self._loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
+        with computing():
+            return Chat(self._loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
 
+    @checked
     def export(
         self,
         to: Client,
@@ -211,11 +221,17 @@ class Adapters:
 
             source = next(iter(self._opened.values()))
             split = data.read_source(source_of(rows), source.data) if rows is not None else None
-            if weights:
-                weighted = [(self._opened[name], weight) for name, weight in weights.items()]
-                source = loading.write_mixture(Path(place), weighted)
             made_of = {"mix": dict(weights), "adapter_scale": self.scale}
-            return export.export(source, directory, options, made_of, split=split)
+            with computing():
+                if weights:
+                    weighted = [(self._opened[name], weight) for name, weight in weights.items()]
+                    source = loading.write_mixture(Path(place), weighted)
+                return export.export(source, directory, options, made_of, split=split)
+
+
+def _check_new_tokens(most: int) -> None:
+    if most < 1:
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{most} is less than 1", key="max_new_tokens"))
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -280,6 +296,8 @@ def read_held_out(rows: Rows, section: DataSection) -> "DatasetSplit":
 def source_of(rows: Rows) -> "Source | GivenRows":
     """Rows as an argument of `read_source`. Raises DataError: an unsupported type."""
     if isinstance(rows, str | PathLike):
+        if what := path_problem(fspath(rows)) or ("" if fspath(rows) else "is empty"):
+            raise DataError(Problem(Code.USAGE_BAD_VALUE, f"the path {what}", key="rows", fix="check the path"))
         return Source(path=fspath(rows))
     from loratune.data.sources import given_rows
 
@@ -335,7 +353,9 @@ def open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requ
     from loratune.system.environment import kept_environment
 
     names = known_tasks.parse(",".join(tasks))
-    with libraries(), kept_environment():
+    if limit is not None and limit < 1:
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{limit} is less than 1", key="--limit"))
+    with computing(), libraries(), kept_environment():
         from loratune.compare import harness
 
     return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)

@@ -3,16 +3,17 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loratune import __version__
 from loratune import config as configs
-from loratune.api import Overrides, Rows, StrPath, assignments, libraries
+from loratune.api import Overrides, Rows, StrPath, assignments, computing, default_state, libraries, training
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.config.arguments import checked, plain
 from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note
 from loratune.system import launcher, output_file
@@ -50,6 +51,7 @@ class PublishedAdapter:
         return values | {"peak_memory": trained.peak_memory, "not_accelerated": dict(trained.not_accelerated)}
 
 
+@checked
 def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) -> RunConfig:
     """Read a config from a YAML file, or from plain values.
 
@@ -62,10 +64,11 @@ def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) 
             `ValidationError`.)
     """
     if isinstance(source, Mapping):
-        return configs.from_values(deepcopy(dict(source)), "the config", assignments(overrides))
+        return configs.from_values(plain(source), "the config", assignments(overrides))
     return configs.load(Path(source), assignments(overrides))
 
 
+@checked
 def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> "Explanation":
     """Explain keys of a config: meaning, cost, and with a config file the effective values.
 
@@ -81,13 +84,14 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
 
     found = explain_keys(key, None if path is None else Path(path), assignments(overrides))
     if found.config and found.decides_servers:
-        with libraries():
+        with computing():
             from loratune.commands import params
 
-        found = replace(found, servers=params.servers(found.config[0]))
+            found = replace(found, servers=params.servers(found.config[0]))
     return found
 
 
+@checked
 def train(
     config: RunConfig,
     *,
@@ -101,7 +105,8 @@ def train(
 ) -> "Adapter":
     """Train an adapter and publish its directory, `config.output_dir`.
 
-    Under a launcher such as torchrun, all processes call it, and the main process publishes.
+    Under a launcher such as torchrun, all processes call it, and the main process publishes. A process trains one
+    adapter at a time; other work of its threads has a turn between two steps.
 
     Args:
         config: The config of the run.
@@ -123,28 +128,20 @@ def train(
         ConfigError, ModelError, DataError: The config, the base or the rows cannot be used.
         NumericError: A value is not finite, the weights did not change, or the adapter is worse than its base.
         ResumeError: The checkpoint is missing, or belongs to another run.
-        LockedError: Another run uses the output directory.
+        LockedError: Another run uses the output directory, or this process trains already.
         ResourceError: Memory or disk ran out.
         LostError: Another process of the run has ended.
         KeyboardInterrupt: The run was interrupted; its last step is saved as a checkpoint.
     """
-    began = time.monotonic()
     group = group or join_processes()
     with listening(on_event if group.main else None):
-        place = _run_directory(config, config_file, resume=resume, overwrite=overwrite) if group.main else None
-        if "torch" not in sys.modules:
-            base, output = config.model.name_or_path, config.output_dir
-            note(f"loratune {__version__}: base {base}, adapter {output}; loading the libraries")
-        run = validated(config, place, group, resume=resume, rows=rows)
-        with libraries():
-            from loratune.api.adapter import Adapter
-            from loratune.commands import train
+        with training():
+            run, trained = train_now(
+                config, group, resume=resume, overwrite=overwrite, allow_worse=allow_worse, rows=rows,
+                config_file=config_file,
+            )  # fmt: skip
+        from loratune.api.adapter import Adapter
 
-        try:
-            trained = train.train(run, group, allow_worse=allow_worse, began=began)
-        except StopSignal as stop:
-            stop.is_resumable = run.directory.is_resumable()
-            raise
         if trained is None:  # the main process may still be publishing
             return Adapter.later(run.directory.output)
         adapter = Adapter(run.directory.output)
@@ -152,6 +149,35 @@ def train(
         return adapter
 
 
+def train_now(
+    config: RunConfig,
+    group: Group = launcher.SINGLE_PROCESS,
+    *,
+    resume: bool | Sequence[str] = False,
+    overwrite: bool = False,
+    allow_worse: bool = False,
+    rows: GivenSplits | None = None,
+    config_file: StrPath | None = None,
+) -> "tuple[Run, TrainedAdapter | None]":
+    """Train as `train`, in the turn of a caller. Returns the run, and its adapter in the main process."""
+    began = time.monotonic()
+    place = _run_directory(config, config_file, resume=resume, overwrite=overwrite) if group.main else None
+    if "torch" not in sys.modules:
+        base, output = config.model.name_or_path, config.output_dir
+        note(f"loratune {__version__}: base {base}, adapter {output}; loading the libraries")
+    run = validated(config, place, group, resume=resume, rows=rows)
+    with default_state():
+        with libraries():
+            from loratune.commands import train
+
+        try:
+            return run, train.train(run, group, allow_worse=allow_worse, began=began)
+        except StopSignal as stop:
+            stop.is_resumable = run.directory.is_resumable()
+            raise
+
+
+@checked
 def plan(
     config: RunConfig,
     *,
@@ -173,13 +199,14 @@ def plan(
         if group.main:
             place = _run_directory(config, config_file, resume=resume, overwrite=overwrite, dry_run=True)
         run = validated(config, place, group, resume=resume, rows=rows)
-        with libraries():
-            from loratune.training import time_budget
-            from loratune.training.plan import make_plan
+        with computing():
+            with libraries():
+                from loratune.training import time_budget
+                from loratune.training.plan import make_plan
 
-        made = time_budget.estimate_length(make_plan(run, group), began)
-        group.close()
-        return made
+            made = time_budget.estimate_length(make_plan(run, group), began)
+            group.close()
+            return made
 
 
 def join_processes() -> Group:
@@ -192,8 +219,14 @@ def join_processes() -> Group:
     return processes.join()
 
 
+@checked
 def init(
-    rows: str, *, model: str, output: StrPath | None = None, overrides: Overrides = (), on_event: Listener | None = None
+    rows: StrPath,
+    *,
+    model: StrPath,
+    output: StrPath | None = None,
+    overrides: Overrides = (),
+    on_event: Listener | None = None,
 ) -> RunConfig:
     """Choose a config for rows and a model. No weights are loaded or downloaded.
 
@@ -212,11 +245,12 @@ def init(
         with libraries():
             from loratune.commands import init_start
 
-        draft, run = init_start.start(rows, model, assignments(overrides), file)
-        with libraries():
-            from loratune.commands import init
+        draft, run = init_start.start(fspath(rows), fspath(model), assignments(overrides), file)
+        with computing():
+            with libraries():
+                from loratune.commands import init
 
-        started = init.init(run, draft)
+            started = init.init(run, draft)
         if file is not None:
             with file.opened() as writable:
                 writable.write(started.text)
@@ -224,6 +258,7 @@ def init(
         return started.run
 
 
+@checked
 def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> "Params":
     """Count trainable parameters and estimate the memory for training, from the model's configuration alone.
 
@@ -233,12 +268,14 @@ def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> 
     """
     with listening(on_event):
         note_portability(config)
-        with libraries():
-            from loratune.commands import params
+        with computing():
+            with libraries():
+                from loratune.commands import params
 
-        return params.params(config)
+            return params.params(config)
 
 
+@checked
 def environment(*, self_test: bool = False, on_event: Listener | None = None) -> "Environment":
     """Find out what this machine has for training, and what to do where something is slow or missing.
 
@@ -253,13 +290,15 @@ def environment(*, self_test: bool = False, on_event: Listener | None = None) ->
 
         if not self_test:
             return env.describe()
-        with libraries():
-            from loratune.api import self_test as tests
+        with training(), default_state():
+            with libraries():
+                from loratune.api import self_test as tests
 
-        checks = tests.run()
+            checks = tests.run()
         return replace(env.describe(), checks=checks)  # the page names what failed now
 
 
+@checked
 def push(
     path: StrPath, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
 ) -> "Upload":
@@ -267,21 +306,26 @@ def push(
     with listening(on_event):
         with libraries():
             from loratune.commands import push
+            from loratune.export import hub
+            from loratune.lora import adapter_files
 
-        return push.push(Path(path), repository, public=public, base=base)
+        hub.check_name(repository)
+        return push.push(adapter_files.inspect(Path(path)), repository, public=public, base=base)
 
 
+@checked
 def adapter_stats(path: StrPath) -> "AdapterStats":
     """Statistics from the files of an adapter, without its base: rank, scaling, norm and effective rank of each update.
 
     Raises AdapterError: It is not an adapter directory, or its tensors are not finite or have mismatched shapes.
     """
-    with libraries():
+    with computing():
         from loratune.lora import adapter_files, stats
 
-    return stats.adapter_stats(adapter_files.inspect(Path(path)))
+        return stats.adapter_stats(adapter_files.inspect(Path(path)))
 
 
+@checked
 def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False) -> Path:
     """Write an HTML page on the study of a sweep. Returns the file.
 

@@ -28,7 +28,7 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.api import self_test_operations as checked
 from loratune.api.adapter import Adapter
-from loratune.api.functions import load_config, train
+from loratune.api.functions import load_config, train_now
 from loratune.api.self_test_operations import DifferenceError, NotAvailableError
 from loratune.commands.env import NOT_AVAILABLE, Check
 from loratune.config import LoraSection, ModelSection, RunConfig
@@ -42,6 +42,7 @@ from loratune.lora import attach, creation
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks, quiet_transformers
+from loratune.system import turns
 from loratune.system.files import explain_full_disk
 from loratune.system.kept_results import keeping_in
 
@@ -171,7 +172,7 @@ class _SelfTest:
 
     def _trained(self, name: str, rows: Sequence[dict[str, str]], **sections: dict[str, Any]) -> list[float]:
         """The loss of each step of a run, whose adapter is then in the directory of that name."""
-        train(self._config(name, rows, **sections), allow_worse=True)
+        train_now(self._config(name, rows, **sections), allow_worse=True)
         curve = json.loads((self.folder / name / "loratune.json").read_text())["curve"]
         return [float(step["loss"]) for step in curve]
 
@@ -272,9 +273,10 @@ class _SelfTest:
         whole = self._adapter(results.PACKED)
         config = self._config("resumed", ROWS, data=LAYOUTS[results.PACKED], training={"save_steps": 2})
         with suppress(_StoppedError):
-            train(config, allow_worse=True, on_event=stop)
+            with listening(stop):
+                train_now(config, allow_worse=True)
             raise DifferenceError("the run was not stopped")
-        train(config, resume=True, allow_worse=True)
+        train_now(config, resume=True, allow_worse=True)
         if (whole / WEIGHTS_FILE).read_bytes() != (self.folder / "resumed" / WEIGHTS_FILE).read_bytes():
             raise DifferenceError("a run that was resumed from its second step ends with other weights")
         return f"from step 2 of {COMPARED_STEPS}: the same bytes"
@@ -304,7 +306,8 @@ class _SelfTest:
             base = self._quantized_base(ModelSection(name_or_path=str(self._base), **model))
             stock = self._stock(dtype, len(losses), self._sft_loss, base)
             told[_name(dtype)] = _compared(losses, stock, CURVE[dtype])
-            answer = Adapter(self.folder / bits).generate([ROWS[0]["prompt"]], max_new_tokens=4)[0]
+            with turns.passed_on():
+                answer = Adapter(self.folder / bits).generate([ROWS[0]["prompt"]], max_new_tokens=4)[0]
             shutil.rmtree(self.folder / bits)
         lines = "; ".join(f"{name}: {line}" for name, line in told.items())
         return f"{lines}; saved, loaded, answers {answer!r}"

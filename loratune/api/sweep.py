@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loratune import config as configs
-from loratune.api import Overrides, StrPath, assignments, libraries
+from loratune.api import Overrides, StrPath, assignments, default_state, libraries, training
 from loratune.api.functions import note_portability, validated
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.config.arguments import checked, plain
 from loratune.errors import ConfigError, missing_package
 from loratune.events import Listener, listening
 from loratune.system import launcher
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loratune.commands.sweep import SweepResult
 
 
+@checked
 def sweep(
     config: RunConfig | StrPath,
     grid: Mapping[str, Sequence[Any] | str] | Sequence[str],
@@ -62,7 +64,7 @@ def sweep(
     from loratune.study import grid as grids
     from loratune.study.storage import check_output
 
-    with listening(on_event), _quiet_optuna(), TemporaryDirectory() as folder:
+    with listening(on_event), training(), _quiet_optuna(), TemporaryDirectory() as folder:
         if isinstance(grid, Mapping):
             grid = [f"{key}={_listed(values)}" for key, values in grid.items()]
         given = None if isinstance(config, RunConfig) else Path(config)
@@ -75,12 +77,13 @@ def sweep(
         note_portability(run)
         place = check_output(run, given, storage, overwrite=overwrite)
         checked = validated(run, place, launcher.SINGLE_PROCESS)
-        with libraries():
-            from loratune.commands import sweep as sweeps
-            from loratune.study.trials import Budget
+        with default_state():
+            with libraries():
+                from loratune.commands import sweep as sweeps
+                from loratune.study.trials import Budget
 
-        limit = Budget(seconds, began)
-        return sweeps.Sweep(axes, runs, checked, storage, trials, limit, halving).work()
+            limit = Budget(seconds, began)
+            return sweeps.Sweep(axes, runs, checked, storage, trials, limit, halving).work()
 
 
 @contextmanager
@@ -102,4 +105,4 @@ def _listed(values: Sequence[Any] | str) -> str:
     """The values of an axis in the form of the command line; a string is a range."""
     if isinstance(values, str):
         return values
-    return ",".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+    return ",".join(value if isinstance(value, str) else json.dumps(plain(value)) for value in values)

@@ -9,9 +9,12 @@ from loratune.adapter.generation import LoadedAdapter, TextPieces
 from loratune.adapter.loading import LoadedAdapters
 from loratune.adapter.options import GREEDY, Sampling
 from loratune.codes import Code
+from loratune.config.arguments import checked
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem
 from loratune.model import load
+from loratune.system import turns
+from loratune.system.accelerator import default_modes
 
 RAW_NOTE = (
     "was trained on raw prompts, which have no turns: it completes each line by itself, as in training, without the "
@@ -90,6 +93,7 @@ class Chat:
         adapters = self._loaded.by_name.values() or [self._loaded.default]
         return [f"{adapter.where}: {RAW_NOTE}" for adapter in adapters if not adapter.chat]
 
+    @checked
     def use(self, name: str) -> None:
         """Use another adapter from now on. Raises ConfigError: there is no adapter with this name."""
         if name not in self._loaded.by_name:
@@ -97,6 +101,7 @@ class Chat:
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key="/adapter", fix=fix))
         self.name = name
 
+    @checked
     def set_system(self, text: str) -> None:
         """Set the system message from now on; an empty text removes it. Raises ConfigError: the adapter was trained on
         raw prompts."""
@@ -109,6 +114,7 @@ class Chat:
         """Clear the conversation; the system message and the adapter stay."""
         self.exchanges.clear()
 
+    @checked
     def ask(
         self, question: str, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
@@ -120,14 +126,18 @@ class Chat:
             stopped: Called after each token; returns whether to stop.
 
         Raises:
-            ConfigError: The conversation fills the context.
+            ConfigError: The turn is empty, or the conversation fills the context.
             DataError, ModelError: The conversation cannot be rendered.
         """
-        reply = self._answer(self.exchanges, question, on_text, stopped)
+        if not question:
+            raise ConfigError(Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", key="question"))
+        with turns.turn(), default_modes():
+            reply = self._answer(self.exchanges, question, on_text, stopped)
         if reply.text:
             self.exchanges.append(Exchange(question, reply.content, not reply.cut, reply.reasoning))
         return reply
 
+    @checked
     def ask_base(
         self, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
@@ -140,7 +150,7 @@ class Chat:
         if not self.exchanges:
             what, fix = "there is no turn to answer yet", "ask something first"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="/base", fix=fix))
-        with self.adapter.without_adapter():
+        with turns.turn(), default_modes(), self.adapter.without_adapter():
             return self._answer(self.exchanges[:-1], self.exchanges[-1].question, on_text, stopped)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from loratune.compare.tasks import TaskResults
 from loratune.data import DatasetSplit, TokenizedDataset, splits
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.report import remarks_on_weights
+from loratune.data.splits import Overlap
 from loratune.errors import AdapterError, DataError, ModelError
 from loratune.events import note
 from loratune.lora import attach, tensors
@@ -109,7 +110,7 @@ def evaluate(
     dataset = data.prepare(split, first.renderer, first.data, vocabulary)
     data.check_positions(dataset, first.data, load.context_length(first.model.config))
     rows = subject.once("rows", lambda: _rows(adapter, first, dataset, judging))
-    overlap = subject.once("overlap", lambda: splits.find_overlap(split, adapter.path))
+    overlap = subject.once("overlap", lambda: _overlap(split, adapter))
     remarks = [*split.remarks(), *dataset.report.splits(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
     engine = engine_of(first)
@@ -142,6 +143,11 @@ def evaluate(
         facts["objective"] = rows.formula
     comparison = replace(_compared(rows.rows, found, judging, remarks), **facts)
     return replace(comparison, collapsed=_collapsed(comparison, vocabulary))
+
+
+def _overlap(split: DatasetSplit, adapter: AdapterDirectory) -> Overlap:
+    with adapter.files.reading() as path:
+        return splits.find_overlap(split, path)
 
 
 def _compared(

@@ -15,6 +15,8 @@ from loratune.data.sources.rows import Row, reported, with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance, note
 from loratune.model import load
+from loratune.system import turns
+from loratune.system.accelerator import default_modes
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def answers(
     Raises:
         DataError: A row cannot be used or rendered.
         ConfigError: A prompt is empty, or with its new tokens exceeds the model's context.
+        LockedError: See `turns.turn`.
     """
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
     questions = _questions(answering, rows)
@@ -87,10 +90,11 @@ def answers(
             for start in range(0, len(requests), generation.BATCH):
                 batch, drawn = requests[start : start + generation.BATCH], sampling.for_batch(start)
                 base_texts: list[str] | list[None] = [None] * len(batch)
-                if base:
-                    with loaded.default.without_adapter():
-                        base_texts = generation.complete_as_text(batch, max_new_tokens, drawn)
-                texts = generation.complete_as_text(batch, max_new_tokens, drawn, streamer)
+                with turns.turn(), default_modes():
+                    if base:
+                        with loaded.default.without_adapter():
+                            base_texts = generation.complete_as_text(batch, max_new_tokens, drawn)
+                    texts = generation.complete_as_text(batch, max_new_tokens, drawn, streamer)
                 for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
                     prompt = questions[number].prompt
                     shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]

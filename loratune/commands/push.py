@@ -12,39 +12,36 @@ from loratune.errors import AdapterError, ConfigError, ModelError, Problem, Reso
 from loratune.events import note
 from loratune.export import hub, portable
 from loratune.export.hub import Upload
-from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.model import source
 from loratune.system.directories import ROW_HASHES
 
 
-def push(directory: Path, repository: str, *, public: bool, base: str | None) -> Upload:
-    """Check an adapter directory, upload it, and verify the upload.
+def push(adapter: AdapterFiles, repository: str, *, public: bool, base: str | None) -> Upload:
+    """Check an adapter, upload it, and verify the upload.
 
     Args:
-        directory: The adapter directory.
+        adapter: The adapter.
         repository: USER/NAME.
         public: Whether to make the repository public.
         base: The base's name on the hub, if the adapter names it by a local path.
 
     Raises:
-        AdapterError: See `adapter_files.inspect`, `portable.copy`, `hub.upload`; files have changed since the adapter
-            was saved.
+        AdapterError: See `portable.copy`, `hub.upload`; files have changed since the adapter was saved.
         ConfigError: The name or the base is not valid; there is no login; see `portable.copy`, `hub.upload`.
         ModelError: The base does not exist on the hub.
         ResourceError, LockedError: See `hub.explained`.
     """
     hub.check_name(repository)
-    adapter = adapter_files.inspect(directory)
     if edits := adapter.edits():
         raise AdapterError([replace(edit, fix="restore it: an adapter is pushed as it was saved") for edit in edits])
     if not adapter.record:
-        note(f"{directory}: keeps no record of its files and its base, so neither was verified")
+        note(f"{adapter.path}: keeps no record of its files and its base, so neither was verified")
     with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
         copy = portable.copy(adapter, Path(scratch) / "copy", repository, _base_on_hub(adapter, base))
         if adapter.record.get(portable.PROMPTS):
             note("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
-        if (adapter.path / ROW_HASHES).is_file():
+        if ROW_HASHES in adapter.states:
             note(f"{ROW_HASHES}, hashes of the training rows, is left out")
         with hub.explained(repository):
             token = get_token() or ""

@@ -55,11 +55,12 @@ def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subj
     files, run = adapter.files, adapter.run
     base = "/".join(part for part in (files.base, adapter.base.gguf_file) if part)
     known, updates = {"base": base, "rank": f"{files.config['r']}", "size": "not measured"}, list[Update]()
-    try:
-        stats = adapter_stats(files)
-        known, updates = known | _facts(stats), stats.updates
-    except AdapterError as error:  # the page reports that the adapter is broken
-        notes = [*notes, *map(str, error.problems)]
+    with files.reading():
+        try:
+            stats = adapter_stats(files)
+            known, updates = known | _facts(stats), stats.updates
+        except AdapterError as error:  # the page reports that the adapter is broken
+            notes = [*notes, *map(str, error.problems)]
     objective = preferences.described(run) if run else ""
     extra = {"objective": objective, "revision": str(files.config.get("revision") or "")}
     return Subject(

@@ -28,6 +28,7 @@ from loratune.compare.metrics import (
 from loratune.compare.objectives import Formula
 from loratune.compare.requirements import Judgement, Requirement
 from loratune.compare.tasks import TaskResults
+from loratune.config.arguments import checked
 from loratune.errors import NumericError, Problem
 from loratune.statistics import Interval, finite
 from loratune.text import plural
@@ -142,6 +143,7 @@ class Comparison:
         """The comparison with a judgement on each requirement."""
         return replace(self, requirements=[self._judge(one) for one in required])
 
+    @checked
     def require(self, *texts: str) -> None:
         """Check requirements such as `exact_match>=0.9` or `loss<base`, see `requirements`.
 

@@ -39,6 +39,7 @@ from loratune.errors import ConfigError, DataError, LoratuneError, NumericError,
 from loratune.events import counting
 from loratune.kernels import crosses, length_limits
 from loratune.model.load import context_length
+from loratune.system.accelerator import kept_random_states
 from loratune.system.environment import kept_environment
 
 _BATCH = 32
@@ -349,17 +350,14 @@ def _number(value: Any) -> float | None:
 def contained() -> Iterator[None]:
     """Isolate the harness inside: output goes to the debug log, random seeds are the harness's, and it starts no
     processes; afterwards random states and environment variables are restored."""
-    states = random.getstate(), np.random.get_state()
     printed = io.StringIO()
     try:
-        with kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed):
+        with kept_environment(), kept_random_states(), redirect_stdout(printed), redirect_stderr(printed):
             os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
             torch.manual_seed(DEFAULT_OTHER_SEED)
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         for line in printed.getvalue().splitlines():
             _logger.debug(line)

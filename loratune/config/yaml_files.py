@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -255,9 +256,12 @@ def reads_as_text(text: str) -> bool:
 
 def kind_of(value: object) -> str:
     """A value described for the user: `text 'eight'`, `a number 8.5`, `a list`."""
-    kinds = {dict: "a section", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
-    shown = f" {value!r}" if isinstance(value, str | int | float) else ""
-    return kinds.get(type(value), "nothing") + shown
+    kinds = {
+        dict: "a section", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number",
+        NoneType: "nothing",
+    }  # fmt: skip
+    shown = f" {value!r}" if type(value) in (str, bool, int, float) else ""
+    return kinds.get(type(value), f"an object of type {type(value).__name__}") + shown
 
 
 # Writing

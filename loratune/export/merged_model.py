@@ -86,7 +86,7 @@ def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
 
 def write_tokenizer(staging: Path, source: AdapterDirectory, tokenizer: Any) -> None:
     """Write the tokenizer with its chat template; if the adapter has a tokenizer, its files are copied unchanged."""
-    if (source.files.path / "tokenizer_config.json").is_file():
+    if source.has_tokenizer:
         source.copy_tokenizer(staging)
     else:
         tokenizer.save_pretrained(staging)

@@ -89,17 +89,14 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
         base: The id of the base on the hub.
 
     Raises:
-        AdapterError: A file changed while it was copied, or is not valid.
+        AdapterError: See `AdapterFiles.reading`; a file is not valid.
         ConfigError: A file still contains a path, in a form that is not recognized.
     """
-    names, left_out = _contents(adapter)
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(adapter.path / name, target / name)
-    recorded = {name: digest for name, digest in adapter.record.get("files", {}).items() if name != ROW_HASHES}
-    if adapter.record and adapter_files.manifest(target) != recorded:
-        what, fix = "a file changed while it was copied", "try again"
-        raise AdapterError(Problem(Code.ADAPTER_CHANGED, what, str(adapter.path), fix=fix))
+    with adapter.reading() as path:
+        names, left_out = _contents(adapter)
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path / name, target / name)
     before = {name: sha256(target / name) for name in names}
     _rewrite(adapter, target, repository, base)
     files = {name: sha256(target / name) for name in names}

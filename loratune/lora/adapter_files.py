@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loratune.events import progress
 from loratune.lora.adapter_config import CONFIG_FILE as CONFIG_FILE
 from loratune.lora.adapter_config import AdapterConfig, check_values
 from loratune.system.directories import RECORD
-from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, notebook_original, sha256
+from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, notebook_original, sha256, state
 from loratune.text import shell_word
 
 _log = logging.getLogger(__name__)
@@ -57,10 +58,23 @@ class AdapterFiles(AdapterConfig):
         record: Content of loratune.json; empty if there is none.
         copies: File and name → shape of tensors of the base, which PEFT saves together with LoRA on embeddings and on
             the output layer. They must equal the base's, see `tensors.check_copies`, and are otherwise ignored.
+        states: Name → state of each file of the directory when it was opened, see `reading`.
     """
 
     record: dict[str, Any]
     copies: dict[tuple[Path, str], tuple[int, ...]] = field(default_factory=dict)
+    states: "_States" = field(default_factory=dict, repr=False)
+
+    @contextmanager
+    def reading(self) -> Iterator[Path]:
+        """Read files of the directory, which it yields, inside: whatever is read later than it was opened.
+
+        Raises:
+            AdapterError: A file is not the one that was opened, so what was read, or the error inside, is of another
+                adapter: its directory was replaced, changed or removed since.
+        """
+        with _unchanged(self.path, self.states):
+            yield self.path
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -84,7 +98,8 @@ class AdapterFiles(AdapterConfig):
     @property
     def digest(self) -> str:
         """SHA-256 of the weights and of the configuration without the base's location: identifies the adapter."""
-        digests = [_digest(self.path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        with self.reading() as path:
+            digests = [_digest(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     def edits(self) -> list[Problem]:
@@ -94,18 +109,16 @@ class AdapterFiles(AdapterConfig):
         """
         if not self.record:
             return []
-        recorded, digests, since = self.record["files"], manifest(self.path), "since the adapter was saved"
+        with self.reading() as path:
+            digests, links = manifest(path), [one for one in _walk(path) if one.is_dir()]  # it yields no other ones
+        recorded, since = self.record["files"], "since the adapter was saved"
         edits = {
             name: f"changed {since}" if name in digests else "missing"
             for name, digest in recorded.items()
             if digests.get(name) != digest
         }
         edits |= {name: f"was added {since}" for name in digests if is_read(name) and name not in recorded}
-        edits |= {  # `_walk` yields no other directories
-            path.relative_to(self.path).as_posix(): f"a link to a directory, added {since}"
-            for path in _walk(self.path)
-            if path.is_dir()
-        }
+        edits |= {link.relative_to(path).as_posix(): f"a link to a directory, added {since}" for link in links}
         return [Problem(Code.ADAPTER_CHANGED, what, str(self.path / name)) for name, what in edits.items()]
 
 
@@ -119,17 +132,55 @@ def inspect(path: Path) -> AdapterFiles:
     """
     if what := _missing(path):
         raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path), fix="name a directory that `train` wrote"))
-    _check_links(path)
-    config = _read_config(path / CONFIG_FILE)
-    shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE
+    with _unchanged(path, states := _states(path)):
+        _check_links(path)
+        config = _read_config(path / CONFIG_FILE)
+        shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE
+        record = _read_record(path / RECORD_FILE)
     copies = {(file, name): shapes.pop(name) for name in [*shapes] if _is_copy(name, config)}
-    files = AdapterFiles(path, config, shapes, _read_record(path / RECORD_FILE), copies)
+    files = AdapterFiles(path, config, shapes, record, copies, states)
     if not files.is_reproducible:
         init = str(files.init)
         reason, fix = next(found for start, found in _NOT_RECORDED.items() if init.startswith(start))
         what = f"what was trained cannot be computed from its files: with {init}, PEFT {reason}"
         raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, files.where, "init_lora_weights", fix))
     return files
+
+
+_States = Mapping[str, tuple[int, ...] | None]
+"""Name → state of a file, see `files.state`."""
+
+
+def _states(directory: Path) -> _States:
+    """The present states of the files below a directory, except of those that are no part of an adapter, and of its
+    card; empty if it is gone."""
+    try:
+        names = {path.relative_to(directory).as_posix(): path for path in _walk(directory)}
+    except OSError:
+        return {}
+    listed = ((name, path) for name, path in names.items() if name != "README.md" and not _is_incidental(name))
+    return {name: state(path) for name, path in listed if path.is_file()}
+
+
+@contextmanager
+def _unchanged(directory: Path, states: _States) -> Iterator[None]:
+    """Raises AdapterError at the end: the files do not have these states any more. It replaces an error inside."""
+    try:
+        yield
+    except Exception:
+        _check_states(directory, states)
+        raise
+    _check_states(directory, states)
+
+
+def _check_states(directory: Path, before: _States) -> None:
+    now = _states(directory)
+    changed = [name for name, known in before.items() if known != now.get(name)]
+    changed += [name for name in now if name not in before and is_read(name)]
+    if changed:
+        what = "has changed since the adapter was opened" if now else "is gone since the adapter was opened"
+        where = directory / changed[0] if now else directory
+        raise AdapterError(Problem(Code.ADAPTER_CHANGED, what, str(where), fix="open it again"))
 
 
 def _missing(path: Path) -> str:
@@ -149,11 +200,12 @@ def manifest(directory: Path) -> dict[str, str]:
     Names are relative to the directory, with `/`. Records of older releases list only files directly in the directory.
     """
     files = {path.relative_to(directory).as_posix(): path for path in _walk(directory) if path.is_file()}
-    return {
-        name: _digest(path)
-        for name, path in files.items()  # files left by an operating system or Jupyter are read by no library
-        if name not in _UNLISTED and not is_incidental_file(name) and notebook_original(name) is None
-    }
+    return {name: _digest(path) for name, path in files.items() if name not in _UNLISTED and not _is_incidental(name)}
+
+
+def _is_incidental(name: str) -> bool:
+    """Whether an operating system or Jupyter has left the file, which no library reads."""
+    return is_incidental_file(name) or notebook_original(name) is not None
 
 
 def _walk(directory: Path) -> Iterator[Path]:

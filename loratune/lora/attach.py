@@ -186,8 +186,8 @@ def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
     modules = [path for path, _ in plain.named_modules() if path]
     parameters = [name for name, _ in plain.named_parameters()]
     values = files.peft_values(modules, parameters)
-    with _as_mismatch(files):
-        return replace(LoraConfig.from_pretrained(str(files.path)), **values)
+    with files.reading() as path, _as_mismatch(files):
+        return replace(LoraConfig.from_pretrained(str(path)), **values)
 
 
 @contextmanager

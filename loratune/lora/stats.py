@@ -54,7 +54,7 @@ def measure(files: AdapterFiles) -> list[Update]:
         AdapterError: A or B is missing, a rank differs from the configuration, or values are NaN or inf.
     """
     module_updates, settings, parameters = [], _settings(files), files.parameters
-    with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
+    with files.reading() as directory, safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
         for path, names in files.factors.items():
             down, up = (files.tensors.get(names.get(kind, ""), ()) for kind in "AB")
             if min(len(down), len(up)) < 2 or up[1] != down[0]:
@@ -137,6 +137,8 @@ class AdapterStats:
 def adapter_stats(files: AdapterFiles) -> AdapterStats:
     """Compute the statistics of an adapter. Raises AdapterError: see `measure`."""
     module_updates = measure(files)
+    with files.reading() as path:
+        size = (path / WEIGHTS_FILE).stat().st_size
     targets: dict[str, list[str]] = {}
     for module_pattern in by_pattern(module_updates):
         targets.setdefault(module_pattern.rpartition(".")[2], []).append(module_pattern)
@@ -153,7 +155,7 @@ def adapter_stats(files: AdapterFiles) -> AdapterStats:
         dora=bool(files.config.get("use_dora")),
         rslora=bool(files.config.get("use_rslora")),
         parameters=sum(math.prod(shape) for shape in (files.tensors | copies).values()),
-        adapter_bytes=(files.path / WEIGHTS_FILE).stat().st_size,
+        adapter_bytes=size,
         targets=targets,
         updates=module_updates,
         others=others,

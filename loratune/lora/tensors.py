@@ -243,8 +243,12 @@ def snapshot(base: nn.Module, config: LoraConfig, changes_base: bool) -> BaseSna
 
 
 def read_adapter(files: AdapterFiles) -> Weights:
-    """The tensors of an adapter directory. Raises AdapterError: some hold NaN or inf, or no floating-point numbers."""
-    tensors = read_weights(files.path / WEIGHTS_FILE, files.tensors)
+    """The tensors of an adapter directory.
+
+    Raises AdapterError: see `AdapterFiles.reading`; some hold NaN or inf, or no floating-point numbers.
+    """
+    with files.reading() as path:  # copied, as they are mapped into memory, and the file may change afterwards
+        tensors = {name: one.clone() for name, one in read_weights(path / WEIGHTS_FILE, files.tensors).items()}
     integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     for code, bad, what in (
         (Code.ADAPTER_INVALID, integers, "no floating-point numbers"),
@@ -319,16 +323,17 @@ def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], tor
         AdapterError: The base has no such parameters, or other values.
     """
     own, others = dict(base.named_parameters(remove_duplicate=False)), []
-    for path, name in files.copies:
-        parameter = name.removeprefix(WRAPPER_PREFIX).replace(".base_layer.", ".")
-        if parameter not in own or own[parameter].shape != files.copies[path, name]:
-            others.append((path, name))
-        elif read is not None or not own[parameter].is_meta:
-            values = (own[parameter] if read is None else read(parameter)).detach().cpu()
-            copy = read_weights(path, [name])[name]
-            equal = torch.equal(copy, values.to(copy.dtype)) or torch.equal(copy.to(values.dtype), values)
-            if not (equal and copy.is_floating_point()):  # integers may all be 0 after rounding
+    with files.reading():
+        for path, name in files.copies:
+            parameter = name.removeprefix(WRAPPER_PREFIX).replace(".base_layer.", ".")
+            if parameter not in own or own[parameter].shape != files.copies[path, name]:
                 others.append((path, name))
+            elif read is not None or not own[parameter].is_meta:
+                values = (own[parameter] if read is None else read(parameter)).detach().cpu()
+                copy = read_weights(path, [name])[name]
+                equal = torch.equal(copy, values.to(copy.dtype)) or torch.equal(copy.to(values.dtype), values)
+                if not (equal and copy.is_floating_point()):  # integers may all be 0 after rounding
+                    others.append((path, name))
     if others:
         what = f"{len(others)} tensors beside its LoRA are not those of the base, among them {others[0][1]}"
         fix = f"is {files.base} the base it was trained on?"

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from loratune.events import progress
 from loratune.kernels.compiled.self_test import kept_here
 from loratune.model import upstream
 from loratune.model.source import files_of
+from loratune.system.files import state
 from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 _log = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ class FileStates:
     def __init__(self, section: ModelSection):
         """Record the present state. A base on the hub that is not in the cache has no files yet."""
         self._section, self._taken = section, time.time_ns()
-        self._states = {path: _state(path) for path in files_of(section)}
+        self._states = {path: state(path) for path in files_of(section)}
 
     def kept_results(self, device: torch.device) -> KeptResults:
         """What is known of a base that was loaded from these files, on this machine.
@@ -273,8 +273,8 @@ class FileStates:
             ModelError: A file has changed since.
         """
         self.check_unchanged()
-        states = [(str(path), state) for path, state in self._states.items()]
-        newest = max((max(state[1:3]) if state else self._taken for _, state in states), default=self._taken)
+        states = [(str(path), before) for path, before in self._states.items()]
+        newest = max((max(before[1:3]) if before else self._taken for _, before in states), default=self._taken)
         is_complete = [*self._states] == files_of(self._section)
         if newest > self._taken - _OLD or self._section.trust_remote_code or not is_complete:
             return NOTHING_KEPT
@@ -282,18 +282,10 @@ class FileStates:
 
     def check_unchanged(self, since: str = "while it was being read", fix: str = "start again") -> None:
         """Raises ModelError: a file has changed, or is gone."""
-        if changed := [path for path, state in self._states.items() if _state(path) != state]:
+        if changed := [path for path, before in self._states.items() if state(path) != before]:
             what = f"has changed {since}"
             raise ModelError([Problem(Code.MODEL_CHANGED, what, str(path), fix=fix) for path in changed])
 
     def check_unchanged_in_run(self) -> None:
         """The same check during a run. The run has its own copy, but its adapter would not fit the new files."""
         self.check_unchanged("since the run began", "restore it, then continue with --resume, which compares weights")
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev

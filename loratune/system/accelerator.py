@@ -3,9 +3,11 @@
 MPS is not used, because it has no float64, in which losses are added up. Imports torch.
 """
 
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 
 from loratune.text import format_size, plural
@@ -75,6 +77,45 @@ def same_random_numbers(used: torch.device) -> Iterator[None]:
     Without the device, torch would keep the states of all GPUs, and claim memory on each of them.
     """
     with torch.random.fork_rng([used] if used.type in USED else []):
+        yield
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """After this, Python, NumPy and torch draw random numbers as if nothing had been drawn or seeded inside.
+
+    Of GPUs, this is so for the one of this process, if torch has used it before.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    used = device()
+    gpu = (
+        torch.get_device_module(used) if used.type in USED and torch.get_device_module(used).is_initialized() else None
+    )
+    on_gpu = gpu.get_rng_state(used) if gpu is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            gpu.set_rng_state(on_gpu, used)
+
+
+@contextmanager
+def default_modes() -> Iterator[None]:
+    """Inside, torch computes as in a new process, whatever the program has set: with gradients, outside of inference
+    mode and of autocast, in float32 and on the CPU where no dtype or device is named."""
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", *USED):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         yield
 
 

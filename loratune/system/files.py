@@ -99,6 +99,15 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return content.decode()
 
 
+def state(path: Path) -> tuple[int, ...] | None:
+    """Size, times and place on the disk of a file: another state is that of another content. None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:

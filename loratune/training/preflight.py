@@ -138,18 +138,20 @@ def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows:
         return None
     directory = Path(run.lora.start_from)
     try:
-        digest = adapter_files.inspect(directory).digest
+        files = adapter_files.inspect(directory)
+        digest = files.digest
         if point is not None and point.record.fingerprints.get("start", digest) != digest:
             raise ResumeError(content_problem("start"))
         fix = f"restore the file; or remove {adapter_files.RECORD_FILE}, and the adapter is used without verification"
-        info = AdapterDirectory.open(directory, fix=fix)
+        with files.reading():
+            info = AdapterDirectory.open(directory, fix=fix)
+            hashes = splits.read_row_hashes(directory) if reads_rows else ""
     except AdapterError as error:
         raise AdapterError(
             [replace(problem, key=problem.key or "lora.start_from") for problem in error.problems]
         ) from None
     if not reads_rows:
         return StartAdapter(info, digest)
-    hashes = splits.read_row_hashes(directory)
     rows, unknown = _earlier_rows(info, is_replayed=run.data.replay is not None)
     return StartAdapter(info, digest, rows, unknown, hashes if isinstance(hashes, RowHashes) else None)
 

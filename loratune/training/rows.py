@@ -246,9 +246,10 @@ def _template_note(run: Run, start: StartAdapter, tokenizer: Any) -> Iterator[st
         return
     if chat and info.run is not None and info.run.data.chat_template_kwargs != run.config.data.chat_template_kwargs:
         yield f"{KEY}: {path} was trained with other data.chat_template_kwargs than these rows are rendered with"
-    if chat and (path / "tokenizer_config.json").is_file():
+    if chat and info.has_tokenizer:
         try:
-            trained_with = load.load_tokenizer(ModelSection(name_or_path=str(path))).chat_template
+            with info.files.reading():
+                trained_with = load.load_tokenizer(ModelSection(name_or_path=str(path))).chat_template
         except ModelError:  # of another program, whose tokenizer is not used
             return
         if trained_with and trained_with != tokenizer.chat_template:
@@ -265,8 +266,9 @@ def _prepare_earlier(run: Run, start: StartAdapter, name: str) -> TokenizedDatas
     raw = start.rows or data.read_datasets(earlier.data, earlier.training.seed, test=False)
     split = raw.train if name == "training" else raw.validation
     assert split is not None
-    if (path / "tokenizer_config.json").is_file():
-        tokenizer = load.load_tokenizer(ModelSection(name_or_path=str(path)))
+    if start.info.has_tokenizer:
+        with start.info.files.reading():
+            tokenizer = load.load_tokenizer(ModelSection(name_or_path=str(path)))
     else:
         tokenizer = load.load_tokenizer(run.config.model, earlier.data.chat_template)
     vocabulary = load.load_config(run.config.model).get_text_config().vocab_size

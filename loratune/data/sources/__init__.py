@@ -93,7 +93,13 @@ class GivenRows:
     def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
         """See `FileSlice.rows`."""
         for number, item in enumerate(self.items):
-            yield to_row(_plain(item), f"{self.name}[{number}]")
+            where = f"{self.name}[{number}]"
+            try:
+                row = to_row(_plain(item), where)
+            except RecursionError:
+                what, fix = "the row is nested too deeply, or contains itself", "give plain values"
+                row = Problem(Code.DATA_SYNTAX, what, where, fix=fix)
+            yield row
             advance(1)
 
 

@@ -1,0 +1,83 @@
+"""Turns: one thread of a process computes at a time.
+
+Random states, torch's default dtype and the modes of a loaded model belong to the process, so threads that computed at
+the same time would change each other's results. A second training run is refused; everything else waits for its turn.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loratune.codes import Code
+from loratune.errors import LockedError, Problem
+
+_threads = deque[int]()
+"""The threads that compute or wait, in the order they came; the first one computes."""
+_changed = threading.Condition()
+_training = threading.Lock()
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Compute inside: no other thread does, and those that came earlier have finished.
+
+    Raises LockedError: the thread computes already, and a function of the program that it calls meanwhile, such as
+    `on_event`, begins something else, which would change the model and the random numbers that are in use.
+    """
+    own = threading.get_ident()
+    if _has_turn(own):
+        what = "was called by on_event or another function that is called while something else is computed"
+        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, "loratune", fix="call it when that is done"))
+    try:
+        _wait(own)
+        yield
+    finally:
+        _leave(own)
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """As `turn`, for a training run. Raises LockedError: the process trains already."""
+    if not _training.acquire(blocking=False):
+        what = "a training run is in progress in this process, whose random states both would use"
+        fix = "wait until it ends, or train in another process"
+        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, "train", fix=fix))
+    try:
+        with turn():
+            yield
+    finally:
+        _training.release()
+
+
+@contextmanager
+def passed_on() -> Iterator[None]:
+    """Inside, the turn is another's: of threads that wait, and of what this thread itself begins."""
+    own = threading.get_ident()
+    if not _has_turn(own):
+        yield
+        return
+    _leave(own)
+    try:
+        yield
+    finally:
+        _wait(own)
+
+
+def _has_turn(thread: int) -> bool:
+    with _changed:
+        return bool(_threads) and _threads[0] == thread
+
+
+def _wait(thread: int) -> None:
+    """Enter the queue, where an interrupted thread stays until it leaves."""
+    with _changed:
+        _threads.append(thread)
+        _changed.wait_for(lambda: _threads[0] == thread)
+
+
+def _leave(thread: int) -> None:
+    with _changed:
+        if thread in _threads:  # else it was interrupted before it entered
+            _threads.remove(thread)
+        _changed.notify_all()
