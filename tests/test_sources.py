@@ -680,12 +680,26 @@ def test_file_deleted_after_opening_is_reported(tmp_path: Path) -> None:
 # Rows that a program holds in memory
 
 PAIRS: list[dict[str, Any]] = [{"prompt": f"p{number}", "completion": "c", "n": number} for number in range(5)]
+FILE = {"bytes": b"not an image", "path": None}
+WIDE = [row | {"image": FILE, "more": [FILE]} for row in PAIRS]
+MEDIA = datasets.Features(
+    {"prompt": datasets.Value("string"), "completion": datasets.Value("string"), "n": datasets.Value("int64")}
+    | {"image": datasets.Image(), "more": datasets.List(datasets.Image())}
+)
 GIVEN: dict[str, Callable[[], Any]] = {
     "dicts": lambda: PAIRS,
     "a generator": lambda: iter(PAIRS),
     "a dataset": lambda: datasets.Dataset.from_list(PAIRS),
     "a dataset of tensors": lambda: datasets.Dataset.from_list(PAIRS).with_format("numpy"),
+    "columns of a dataset": lambda: datasets.Dataset.from_list(WIDE).with_format("torch", columns=["n", *VALUES]),
+    "all columns of a dataset": lambda: datasets.Dataset.from_list(PAIRS).with_format(
+        "numpy", columns=["n"], output_all_columns=True
+    ),
+    "selected rows of a dataset": lambda: datasets.Dataset.from_list([*PAIRS[2:], *PAIRS[:2]]).select([3, 4, 0, 1, 2]),
+    "a dataset with media": lambda: datasets.Dataset.from_list(WIDE).cast(MEDIA),
     "a frame": lambda: pandas.DataFrame(PAIRS),
+    "a frame of Arrow's types": lambda: pandas.DataFrame(PAIRS).convert_dtypes(dtype_backend="pyarrow"),
+    "a frame with an index": lambda: pandas.DataFrame(PAIRS).set_index("prompt"),
     "numpy's numbers": lambda: [row | {"n": np.int64(row["n"])} for row in PAIRS],
 }
 
@@ -721,8 +735,21 @@ def test_invalid_rows_in_memory_are_refused() -> None:
     for wrong in wrongs:
         with pytest.raises(DataError, match=r"a list of dicts, a datasets\.Dataset or a pandas frame"):
             sources.given_rows(wrong, "train")
+    dataset, names = datasets.Dataset.from_list(PAIRS), ["prompt", "completion", "completion"]
+    unread = {
+        "from_list": dataset.to_iterable_dataset(),
+        "['train']": datasets.DatasetDict({"train": dataset}),
+        "map": dataset.with_transform(lambda rows: {name: values[::-1] for name, values in rows.items()}),
+        "`completion`": pandas.DataFrame([["a", "b", "c"]], columns=names),
+        "`0`": pandas.DataFrame([["a", "b"]], columns=[0, "0"]),
+        "`prompt`": pandas.DataFrame(PAIRS, index=pandas.Index([*"abcde"], name="prompt")),
+    }
+    for part, wrong in unread.items():
+        with pytest.raises(DataError, match=re.escape(part)):
+            sources.given_rows(wrong, "train")
     section = DataSection(train=Source(path=sources.GIVEN))
     refused = {
+        "train[0]": ([{0: "a", "0": "b"}], Code.DATA_SYNTAX),
         "train[1]": ([PAIRS[0], "text"], Code.DATA_SYNTAX),
         "train[2]": ([*PAIRS[:2], {"prompt": "a"}], Code.DATA_FIELD),
         "train": ([], Code.DATA_EMPTY),

@@ -116,8 +116,8 @@ def to_row(values: Any, where: str) -> RowOrProblem:
     """A JSON value as a row; a problem if the value is not an object."""
     if isinstance(values, dict):
         return Row(where, values)
-    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
-    kind = values.reason if isinstance(values, Unreadable) else kinds.get(type(values), "a number")
+    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text", int: "a number", float: "a number"}
+    kind = values.reason if isinstance(values, Unreadable) else kinds.get(type(values), type(values).__name__)
     what = f"a row must be an object with named fields, got {kind}"
     return Problem(Code.DATA_SYNTAX, what, where, fix="write each row as {...}")
 
@@ -332,9 +332,12 @@ def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
     values = dict(pairs)
-    if len(values) == len(pairs):
-        return values
-    name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    return values if len(values) == len(pairs) else repeated_key([name for name, _ in pairs])
+
+
+def repeated_key(names: Sequence[str]) -> Unreadable:
+    """What stands for an object with these keys, of which one is repeated."""
+    name = next(name for name, count in Counter(names).items() if count > 1)
     return Unreadable(f"an object with the key `{name}` twice")
 
 
