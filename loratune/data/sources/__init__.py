@@ -27,6 +27,7 @@ from loratune.data.sources.rows import (
     RowOrProblem,
     duplicate_columns,
     jsonl_rows,
+    place_parts,
     repeated_key,
     reported,
     to_json_line,
@@ -215,8 +216,11 @@ def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
 
 
 def format_error(problems: Sequence[Problem], source: Source | GivenRows, sample_by: str) -> DataError:
-    """The error of a source; if its rows fit no format, with the files that are not read, such as documents."""
+    """The error of a source; if its rows fit no format, with where the fields of a CSV file have their names from, and
+    with the files that are not read, such as documents."""
     first, *others = problems
+    if first.code == Code.DATA_FORMAT and files.is_csv(Path(place_parts(first.where)[0].removesuffix(":"))):
+        first = replace(first, fix=f"{first.fix}; if the first line of the file is a row, {files.FIX_HEADER}")
     if first.code == Code.DATA_FORMAT and (line := left_out(source, sample_by)):
         first = replace(first, fix=f"{first.fix}; {line}")
     return DataError([first, *others])
