@@ -179,6 +179,23 @@ def test_prompts_of_a_file(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> 
     assert ran.code == 4 and not (tmp_path / "none").exists(), ran.err
 
 
+@pytest.mark.parametrize(("objective", "weight"), [("sft", "0"), ("dpo", "auto")])
+def test_settings_that_are_not_read_are_reported(
+    objective: str, weight: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Where there is no retention; by `explain` too."""
+    data = {"train": str(write_rows(tmp_path / "pairs.jsonl", PAIRS))} if objective == "dpo" else {}
+    path = run_config(data=data, training={"objective": objective}, retention={"prompts": "p.jsonl", "num_samples": 3})
+    ran = cli("train", path, "--dry-run", "--set", f"retention.kl_weight={weight}")
+    assert ran.code == 0, ran.err
+    told = [line.split()[0] for line in ran.err.splitlines() if "has no effect" in line]
+    assert told == ["retention.num_samples", "retention.prompts"]
+    explained = cli("explain", "retention", path, "--set", f"retention.kl_weight={weight}").out
+    assert explained.count("not used, as retention.kl_weight is 0") == 2
+    ran = cli("train", path, "--dry-run", "--set", "retention={}")
+    assert ran.code == 0 and "has no effect" not in ran.err, ran.err
+
+
 def test_what_cannot_be_done_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = run_config(retention={"kl_weight": 1.0, "max_new_tokens": 512})
     check_refused(cli("train", path), 2, (Code.DATA_TOO_LONG, "", "retention.max_new_tokens"))

@@ -209,10 +209,10 @@ def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
     the source; empty if there are none."""
     path = None if isinstance(source, GivenRows) else _local_path(source)
     read, others = files.find_files(path, sample_by) if path else ([], [])
-    if not path or not others:
-        is_unused = sample_by != AUTO and not any(map(files.is_text, read))
-        return f"{source.path}: data.sample_by has no effect, as there is no text file" if is_unused else ""
-    return f"{source.path}: not read: {'; '.join(files.unread(path, read, others))}"
+    lines = ["data.sample_by has no effect, as there is no text file"]
+    lines = lines if sample_by != AUTO and not any(map(files.is_text, read)) else []
+    lines += [f"not read: {'; '.join(files.unread(path, read, others))}"] if path and others else []
+    return f"{source.path}: {'; '.join(lines)}" if lines else ""
 
 
 def format_error(problems: Sequence[Problem], source: Source | GivenRows, sample_by: str) -> DataError:
