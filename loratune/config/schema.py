@@ -197,7 +197,7 @@ class RetentionSection(Section):
     kl_weight: Annotated[float, Field(ge=0, le=1e3)] | Auto = Field(
         AUTO, description="weight of the divergence from the model before training; 0: none; auto: 1 for sft, else 0"
     )
-    num_samples: Count | Auto = Field(
+    num_samples: Annotated[int, Field(gt=0, le=10_000)] | Auto = Field(
         AUTO, description="texts that the model writes before the first step; auto: at most 48, fewer for short runs"
     )
     max_new_tokens: Count = Field(48, description="tokens of each text")

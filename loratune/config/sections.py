@@ -181,7 +181,7 @@ class DataSection(Section):
     replay: float | None = Field(
         None,
         gt=0,
-        lt=1,
+        le=0.99,
         description="fraction of the training rows that is drawn from the training rows of the lora.start_from adapter",
     )
 
