@@ -247,15 +247,22 @@ def parse_scales(text: str) -> tuple[float, ...]:
         raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
     if is_range:
         first, last, step = found
-        found = [round(first + step * count, 9) for count in range(int((last - first) / step + 1e-9) + 1)]
+        if (count := (last - first) / step + 1e-9) < _MOST_SCALES:
+            found = [round(first + step * number, 9) for number in range(int(count) + 1)]
+        else:
+            raise _number_of_scales(f"{count + 1:,.0f}")
     return checked_scales(found)
+
+
+def _number_of_scales(number: str) -> ConfigError:
+    what = f"{number} scales are not from 1 to {_MOST_SCALES}"
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
 
 
 def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """Scales without duplicates. Raises ConfigError: one is not a number from 0 to 2; there are none, or too many."""
     if not 0 < len(scales) <= _MOST_SCALES:
-        what = f"{len(scales)} scales are not from 1 to {_MOST_SCALES}"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
+        raise _number_of_scales(f"{len(scales)}")
     return tuple(dict.fromkeys(map(checked_scale, scales)))
 
 

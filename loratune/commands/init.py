@@ -257,7 +257,7 @@ def estimate_rows(
         layout = layout.sharing(rows.saved)
         largest, _ = tree_sizes(layout.rows(layout.heaviest()))
     elif packing == "full":
-        largest = [(length, length - 1)] * batch * each
+        largest = [(length, length - 1)] * min(batch, len(rows.train)) * each
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]

@@ -130,6 +130,7 @@ def best_fit(lengths: Numbers, budget: int) -> Packs:
     rows = len(lengths)
     if rows and not 1 <= int(lengths.min()) <= int(lengths.max()) <= budget:
         raise ValueError(f"lengths from {lengths.min()} to {lengths.max()} do not fit 1 to {budget}")
+    budget = min(budget, int(lengths.sum()))  # arrays have its size
     counts = np.bincount(lengths, minlength=budget + 1)
     pack_numbers, packs = _place(counts, budget)
     pack_of = np.empty(rows, pack_numbers.dtype)

@@ -3,7 +3,7 @@
 tests/test_upstream_data.py has one test for each name, which fails if a release removes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,20 @@ def hub_dataset_cache(hub_id: str) -> Path:
 def dataset_fingerprint(dataset: Any) -> str:
     """Returns the hash by which `datasets` distinguishes the contents of two datasets; it has no public name."""
     return str(dataset._fingerprint)
+
+
+def is_media(feature: Any) -> bool:
+    """Whether values of a dataset's feature are or contain images, audio, video or files that `datasets` decodes.
+
+    Features with the attribute `decode` are decoded when a row is read; only `Json` of them is decoded to plain values.
+    That lists have `feature`, and that objects are mappings, is documented; that all others have `decode` is not.
+    """
+    if isinstance(feature, Mapping):
+        return any(map(is_media, feature.values()))
+    if isinstance(feature, list):
+        return any(map(is_media, feature))
+    is_decoded = getattr(feature, "decode", False) is True and type(feature).__name__ != "Json"
+    return is_decoded or (hasattr(feature, "feature") and is_media(feature.feature))
 
 
 def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:

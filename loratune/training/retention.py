@@ -23,14 +23,13 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import behavior
 from loratune.compare.engine import Engine
-from loratune.config import AUTO, RetentionSection, RunConfig, Source, TrainingSection, decided
+from loratune.config import AUTO, RetentionSection, RunConfig, TrainingSection, decided
 from loratune.data import token_cache
-from loratune.data.formats.questions import parse_question
+from loratune.data.formats.questions import Question, read_questions
 from loratune.data.packing import BatchLayout, Items, PackedRows
 from loratune.data.rendering import Renderer
-from loratune.data.sources import read_rows
 from loratune.data.sources.rows import Row
-from loratune.errors import ConfigError, ModelError, Problem
+from loratune.errors import ConfigError, DataError, ModelError, Problem
 from loratune.events import progress
 from loratune.system.launcher import Group
 from loratune.text import plural
@@ -329,23 +328,30 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
         ConfigError: A text would be longer than the context of the model.
     """
     section = run.retention
-    given = [renderer.user_header()] * decided(section.num_samples)
+    given = [("", renderer.user_header())] * decided(section.num_samples)
     if section.prompts is not None:
-        rows = read_rows(Source(path=section.prompts))
+        rows = read_questions(section.prompts, run.data)
         chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: decided(section.num_samples)]
-        given = [_prompt(renderer, rows[number], run, chat) for number in sorted(chosen.tolist())]
-    longest = max(map(len, given)) + section.max_new_tokens
-    if context is not None and longest > context:
-        what = f"a text would have {longest} tokens, but the model has {context} positions"
-        fix = f"lower it to {max(1, section.max_new_tokens - longest + context)}"
-        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="retention.max_new_tokens", fix=fix))
-    return given
+        given = [_prompt(renderer, *rows[number], chat) for number in sorted(chosen.tolist())]
+    where, longest = max(given, key=lambda one: len(one[1]))
+    tokens = len(longest) + section.max_new_tokens
+    if context is not None and tokens > context:
+        what, room = f"a text would have {tokens} tokens, but the model has {context} positions", context - len(longest)
+        lower = [f"lower retention.max_new_tokens to {room}"] if room > 0 else []
+        fixes = ["shorten the prompt", "remove the row", *lower] if where else lower or ["set retention.kl_weight to 0"]
+        key = "retention.prompts" if where else "retention.max_new_tokens"
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, where, key, ", or ".join(fixes)))
+    return [ids for _, ids in given]
 
 
-def _prompt(renderer: Renderer, row: Row, run: RunConfig, chat: bool) -> tuple[int, ...]:
-    question = parse_question(row, run.data)
+def _prompt(renderer: Renderer, row: Row, question: Question, chat: bool) -> tuple[str, tuple[int, ...]]:
+    """The place of a row, and the ids of its prompt. Raises DataError: it has none."""
     turns = [{"role": "user", "content": question.prompt}] if chat and isinstance(question.prompt, str) else None
-    return renderer.prompt(turns or question.prompt, row.where, question.tools, question.arguments)
+    ids = renderer.prompt(turns or question.prompt, row.where, question.tools, question.arguments)
+    if not ids:
+        what, fix = "the tokenizer makes no token of the prompt", "write a prompt, or remove the row"
+        raise DataError(Problem(Code.DATA_FIELD, what, row.where, "retention.prompts", fix))
+    return row.where, ids
 
 
 def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Ids]]) -> list[RetentionText]:
