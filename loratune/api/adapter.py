@@ -19,8 +19,10 @@ from loratune.api.adapters import (
     scaled,
     source_of,
 )
+from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
 from loratune.config.arguments import checked
+from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note, noted
 from loratune.system import output_file
 
