@@ -224,8 +224,8 @@ class Adapters:
                 mixture = loading.write_mixture(Path(place), weighted)
                 return export.export(mixture, directory, options, made_of, split=split)
             except LoratuneError as error:
-                named = f"--mix {','.join(f'{name}:{weight:g}' for name, weight in weights.items())}"
-                problems = [_of_mixture(problem, place, named, source.path) for problem in error.problems]
+                mix = f"--mix {','.join(f'{name}:{weight:g}' for name, weight in weights.items())}"
+                problems = [_of_mixture(problem, place, mix, source.path) for problem in error.problems]
                 raise type(error)(problems) from None
 
 
