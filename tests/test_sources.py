@@ -27,6 +27,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data import sources
+from loratune.data.formats.questions import read_questions
 from loratune.data.sources.files import looks_like_hub_id
 from loratune.data.sources.rows import Row, Unreadable, line_of
 from loratune.errors import DataError, Problem
@@ -184,6 +185,8 @@ def test_error_about_fields_of_csv_says_where_their_names_are_from(tmp_path: Pat
         with pytest.raises(DataError) as caught:
             data.read_datasets(DataSection(train=Source(path=str(path)), columns=columns), 0)
         assert "first line" in caught.value.problems[0].fix
+    with pytest.raises(DataError, match="first line"):
+        read_questions(str(path), DataSection(train=Source(path="-")))
     with pytest.raises(DataError) as caught:
         data.read_datasets(DataSection(train=Source(path=str(write_rows(tmp_path / "rows.jsonl", [{"a": 1}])))), 0)
     assert "first line" not in caught.value.problems[0].fix

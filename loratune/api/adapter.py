@@ -361,8 +361,8 @@ class Adapter(Adapters):
             _check_used({"--adapter-scale": "--data"} if rows is None and len(scales) else {})
             other = _opened(against)
             subjects = [one for one in (self, other) if one is not None]
-            inputs = [one.path for one in subjects] + ([Path(rows)] if isinstance(rows, str | PathLike) else [])
-            inputs += [Path(self.base)] if rows is not None else []
+            inputs = [path for one in subjects for path in one.inputs()]
+            inputs += [Path(rows)] if isinstance(rows, str | PathLike) else []
             file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs)
             with libraries():
                 from loratune.commands import report

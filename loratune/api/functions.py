@@ -337,6 +337,7 @@ def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False
     with libraries():
         from loratune.commands import report
 
+    file = file.reading(*report.study_inputs(Path(directory)))
     text = report.study_report(Path(directory))
     with file.opened() as writable:
         writable.write(text)

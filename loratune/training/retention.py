@@ -332,7 +332,7 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
     if section.prompts is not None:
         rows = read_questions(section.prompts, run.data)
         chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: decided(section.num_samples)]
-        given = [_prompt(renderer, *rows[number], chat) for number in sorted(chosen.tolist())]
+        given = [_prompt(renderer, rows[number], chat) for number in sorted(chosen.tolist())]
     where, longest = max(given, key=lambda one: len(one[1]))
     tokens = len(longest) + section.max_new_tokens
     if context is not None and tokens > context:
@@ -344,8 +344,9 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
     return [ids for _, ids in given]
 
 
-def _prompt(renderer: Renderer, row: Row, question: Question, chat: bool) -> tuple[str, tuple[int, ...]]:
+def _prompt(renderer: Renderer, asked: tuple[Row, Question], chat: bool) -> tuple[str, tuple[int, ...]]:
     """The place of a row, and the ids of its prompt. Raises DataError: it has none."""
+    row, question = asked
     turns = [{"role": "user", "content": question.prompt}] if chat and isinstance(question.prompt, str) else None
     ids = renderer.prompt(turns or question.prompt, row.where, question.tools, question.arguments)
     if not ids:

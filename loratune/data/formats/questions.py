@@ -10,7 +10,7 @@ from loratune.data import formats
 from loratune.data.formats import Message, RowError, parsers, reasoning
 from loratune.data.formats.recognition import FORMATS, PREFERENCE_FORMATS, rename
 from loratune.data.formats.tools import parse_arguments, parse_tools
-from loratune.data.sources import read_rows
+from loratune.data.sources import header_fix, read_rows
 from loratune.data.sources.rows import Row, reported
 from loratune.errors import DataError, Problem
 
@@ -67,7 +67,7 @@ def parse_question(row: Row, section: DataSection) -> Question:
     try:
         return _question(fields, name, row, drops_reasoning=section.reasoning == "drop")
     except RowError as error:
-        fix = "give a prompt, messages, conversations, an instruction or text"
+        fix = f"give a prompt, messages, conversations, an instruction or text{'' if name else header_fix(row.where)}"
         raise DataError(Problem(Code.DATA_FIELD, str(error), row.where, fix=fix)) from None
 
 

@@ -221,12 +221,18 @@ def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
     return f"{source.path}: {'; '.join(lines)}" if lines else ""
 
 
+def header_fix(where: str) -> str:
+    """The end of a fix for wrong names of fields, by the place of a row; empty unless the row is in a CSV file."""
+    is_csv = files.is_csv(Path(place_parts(where)[0].removesuffix(":")))
+    return f"; if the first line of the file is a row, {files.FIX_HEADER}" if is_csv else ""
+
+
 def format_error(problems: Sequence[Problem], source: Source | GivenRows, sample_by: str) -> DataError:
     """The error of a source; if its rows fit no format, with where the fields of a CSV file have their names from, and
     with the files that are not read, such as documents."""
     first, *others = problems
-    if first.code == Code.DATA_FORMAT and files.is_csv(Path(place_parts(first.where)[0].removesuffix(":"))):
-        first = replace(first, fix=f"{first.fix}; if the first line of the file is a row, {files.FIX_HEADER}")
+    if first.code == Code.DATA_FORMAT:
+        first = replace(first, fix=f"{first.fix}{header_fix(first.where)}")
     if first.code == Code.DATA_FORMAT and (line := left_out(source, sample_by)):
         first = replace(first, fix=f"{first.fix}; {line}")
     return DataError([first, *others])
