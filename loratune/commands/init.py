@@ -27,7 +27,7 @@ from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import unit_parameters
-from loratune.training.retention import mean_tokens, typical_texts
+from loratune.training.retention import step_tokens, typical_texts
 
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
 """Keys that are written as `auto`, with a comment on the resulting value."""
@@ -261,7 +261,8 @@ def estimate_rows(
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
-    largest = [*largest, *(typical_texts(run, round(mean_tokens(layout))) if with_texts else ())]
+    of_step = step_tokens(tokens, layout, layout.size * run.training.gradient_accumulation_steps, layout.saved or 0.0)
+    largest = [*largest, *(typical_texts(run, of_step) if with_texts else ())]
     return memory.estimate(
         model, largest, len(largest), run.training, packed=layout.flat, planned=memory.Planned(weights, device),
         batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),

@@ -303,10 +303,11 @@ class BatchLayout:
         layout.put, layout.saved = partial(share_prefixes, limits=limits), saved
         return layout
 
-    def saving(self) -> float:
-        """The share of tokens that shared prefixes save, estimated from a sample of batches."""
-        order = np.random.default_rng(0).permutation(len(self.items))
-        batches = [order[start : start + self.size] for start in range(0, len(order), self.size)][:_SAMPLED_BATCHES]
+    def saving(self, size: int | None = None) -> float:
+        """The share of tokens that shared prefixes save, estimated from a sample of batches. size: items of a batch, by
+        default that of the layout."""
+        order, size = np.random.default_rng(0).permutation(len(self.items)), size or self.size
+        batches = [order[start : start + size] for start in range(0, len(order), size)][:_SAMPLED_BATCHES]
         if not self.flat or not batches:
             return 0.0
         trees = [PrefixTree.of([row["input_ids"] for row in self.rows(numbers)]) for numbers in batches]

@@ -299,6 +299,11 @@ def optimizer_steps(training: TrainingSection, items: int, size: int, processes:
     return math.ceil(decided(training.num_train_epochs) * per_epoch), per_epoch
 
 
+def items_of_step(training: TrainingSection, items: int, size: int, processes: int) -> int:
+    """The items of a whole optimizer step in all processes; arguments as for `optimizer_steps`."""
+    return min(items, processes * size * training.gradient_accumulation_steps)
+
+
 def writing_notes(passes: int, steps: int, training: TrainingSection) -> Iterator[str]:
     """A line if writing the texts of `retention` may take longer than half of the training, which has three passes a
     micro-step: a pass takes as long as reading the weights where the model is large and rows are short."""
