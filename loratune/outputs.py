@@ -33,6 +33,7 @@ Attributes:
 """
 Behavior = TypedDict("Behavior", {"not_measured": str, "texts": int, "tokens": int, "divergence": float,
     "divergence_interval": Interval, "agreement": float, "agreement_interval": Interval,
+    "median_divergence": float, "median_divergence_interval": Interval,
     "samples": list[dict[str, str]]}, total=False)  # fmt: skip
 """How an adapter changes the base's answers to everyday instructions.
 
@@ -40,10 +41,12 @@ Attributes:
     not_measured: Why it was not measured; all other keys are then missing.
     texts: The number of answers of the base that were compared.
     tokens: Their tokens.
-    divergence: KL(base ‖ adapter), in nats per token.
+    divergence: KL(base ‖ adapter), in nats per token: the mean over all tokens.
     divergence_interval: The ends of its 95 % interval; null for too few texts.
     agreement: The share of tokens for which both would choose the same.
     agreement_interval: The ends of its 95 % interval; null for too few texts.
+    median_divergence: The median over answers of the divergence, in nats per token of each answer.
+    median_divergence_interval: The ends of its 95 % interval; null for fewer than six answers.
     samples: Some of the instructions, each with both answers.
 """
 Test = TypedDict("Test", {"loss": float, "tokens": int, "rows": int, "distinct": int, "interval": Interval})

@@ -9,7 +9,8 @@ The rows in configs/quickstart were made from WordNet 3.1, as the npm package `w
 Debian's `wordnet-base` holds WordNet 3.0 (`apt install wordnet-base` → /usr/share/wordnet/data.noun): it works too, but
 gives other rows. The same data.noun always gives the same bytes: rows are put in order by a seeded hash.
 
-No definition and no defined word occurs twice, within train.jsonl, within eval.jsonl, or across the two.
+No definition and no defined word occurs twice, within train.jsonl, within eval.jsonl, or across the two. `--unseen
+FILE` instead writes 1,000 further rows that share nothing with either, at most 160 of each category.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 SEED = 0
 TRAIN_PER_CATEGORY = 200
 EVAL_PER_CATEGORY = 25
+UNSEEN, UNSEEN_PER_CATEGORY = 1000, 160
 MIN_WORDS, MAX_WORDS = 4, 12
 PROMPT = (
     "Semantic classes: animal, artifact, body, feeling, food, person, plant, time. "
@@ -95,20 +97,20 @@ def parse(line: str) -> Noun | None:
 
 
 def choose(nouns: Iterable[Noun]) -> dict[str, list[Noun]]:
-    """The nouns of "eval" and "train", each in a seeded order. One that shares a word or its definition is left out."""
-    parts: dict[str, list[Noun]] = {"eval": [], "train": []}
+    """The nouns of "eval", "train" and "unseen", each in a seeded order. Two never share a word or a definition."""
+    parts: dict[str, list[Noun]] = {"eval": [], "train": [], "unseen": []}
+    sizes = {"eval": EVAL_PER_CATEGORY, "train": TRAIN_PER_CATEGORY, "unseen": UNSEEN_PER_CATEGORY}
     taken: set[str] = set()
-    count = dict.fromkeys(CATEGORIES.values(), 0)
+    open_places = {name: [part for part, size in sizes.items() for _ in range(size)] for name in CATEGORIES.values()}
     for noun in sorted(nouns, key=lambda noun: noun.rank("choice")):
-        number = count[noun.category]
-        if number < EVAL_PER_CATEGORY + TRAIN_PER_CATEGORY and taken.isdisjoint(noun.keys):
-            parts["eval" if number < EVAL_PER_CATEGORY else "train"].append(noun)
-            count[noun.category] += 1
+        if open_places[noun.category] and taken.isdisjoint(noun.keys):
+            parts[open_places[noun.category].pop(0)].append(noun)
             taken |= noun.keys
-    short = [category for category, number in count.items() if number < EVAL_PER_CATEGORY + TRAIN_PER_CATEGORY]
+    short = [category for category, places in open_places.items() if {*places} - {"unseen"}]
     if short:
         sys.exit(f"too few definitions in this file for: {', '.join(short)}")
-    return {part: sorted(chosen, key=lambda noun: noun.rank("order")) for part, chosen in parts.items()}
+    parts = {part: sorted(chosen, key=lambda noun: noun.rank("order")) for part, chosen in parts.items()}
+    return parts | {"unseen": parts["unseen"][:UNSEEN]}
 
 
 def licence(lines: Iterable[str]) -> str:
@@ -123,17 +125,22 @@ def main() -> None:
     parser.add_argument("data_noun", type=Path, help="WordNet's data.noun")
     default = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
     parser.add_argument("dest", type=Path, nargs="?", default=default, help="directory (default: %(default)s)")
+    parser.add_argument("--unseen", type=Path, metavar="FILE", help="write further rows instead, that are in no file")
     args = parser.parse_args()
     try:
         lines = args.data_noun.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         sys.exit(f"cannot read {args.data_noun}: {error.strerror}")
-    args.dest.mkdir(parents=True, exist_ok=True)
-    for part, nouns in choose(filter(None, map(parse, lines))).items():
-        text = "".join(f"{noun.row}\n" for noun in nouns)
-        (args.dest / f"{part}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{args.dest / part}.jsonl: {len(nouns)} rows")
-    (args.dest / "LICENSE.wordnet").write_text(licence(lines), encoding="utf-8")
+    parts = choose(filter(None, map(parse, lines)))
+    files = {part: args.dest / f"{part}.jsonl" for part in ("eval", "train")}
+    if args.unseen:
+        files = {"unseen": args.unseen}
+    for part, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{noun.row}\n" for noun in parts[part]), encoding="utf-8")
+        print(f"{file}: {len(parts[part])} rows")
+    if not args.unseen:
+        (args.dest / "LICENSE.wordnet").write_text(licence(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

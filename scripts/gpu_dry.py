@@ -445,8 +445,8 @@ def _step(dry: DryRun, model: Any, case: Case, batch: dict[str, Any], line: Line
     optimizer = torch.optim.AdamW(trained, foreach=True)
     count = objective.begin_step(model, [batch], (batch["labels"][:, 1:] >= 0).sum(), SINGLE_PROCESS)
     if "teacher" in batch:
-        guard.retention = RetentionTerm(SimpleNamespace(weight=1.0), SINGLE_PROCESS, StepLosses())  # type: ignore[arg-type]
-        guard.retention.begin_step([batch], applies=bool(count != 0))
+        guard.retention = RetentionTerm(SINGLE_PROCESS, StepLosses())
+        guard.retention.begin_step([batch], float(count != 0))
     prepared = kernels.to_device(batch, DEVICE)
     objective.set_loss_targets(model, prepared)
     if guard.retention is not None:

@@ -86,6 +86,8 @@ def test_a_table_of_scales(adapter: Path, cli: Cli, tmp_path: Path) -> None:
     """Each row is what `evaluate` gives for that scale alone; the base is loaded once."""
     held_out = write_rows(tmp_path / "held-out.jsonl", [row | {"prompt": f"so {row['prompt']}"} for row in ROWS[:10]])
     asked = ("evaluate", "--adapter", adapter, "--data", held_out, "--forgetting", "builtin", "--adapter-scale")
+    for step in ("1e-9", "1e-320", "0.02"):
+        check_refused(cli(*asked, f"0:1:{step}"), 2, (Code.USAGE_BAD_VALUE, "", "--adapter-scale"))
     ran = cli(*asked, "0:1:0.5", "--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)["scales"]

@@ -14,7 +14,7 @@ import optuna
 import pytest
 import torch
 import transformers
-from conftest import ROWS, write_rows
+from conftest import ROWS, meanings, write_rows
 from datasets import Dataset
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from running import WEIGHTS, Cli, MakeConfig
@@ -188,6 +188,21 @@ def test_an_adapter_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli)
     with pytest.raises(loratune.RequirementError) as failed:
         comparison.require("exact_match>=0.99")
     assert failed.value.problems[0].code == Code.EVALUATE_REQUIREMENT
+
+
+def test_options_without_effect_are_refused(adapter: loratune.Adapter, folder: Path) -> None:
+    """By their names on the command line; without reading rows, or writing anything."""
+    calls: dict[str, Callable[[], object]] = {
+        "--limit": lambda: adapter.evaluate("missing.jsonl", limit=3),
+        "--allow-overlap": lambda: adapter.evaluate("missing.jsonl", allow_overlap=True),
+        "--adapter-scale": lambda: adapter.report(folder / "unwritten.html", scales=[0.5]),
+        "overrides": lambda: loratune.explain("lora.r", overrides={"lora.r": 4}),
+    }
+    for key, call in calls.items():
+        with pytest.raises(loratune.ConfigError) as refused:
+            call()
+        assert meanings(refused.value) == [(Code.USAGE_CONFLICT, "", key)]
+    assert not (folder / "unwritten.html").exists()
 
 
 def test_an_adapter_merges_exports_and_reports(adapter: loratune.Adapter, folder: Path) -> None:

@@ -72,7 +72,7 @@ def test_small_datasets_are_trained_for_more_epochs() -> None:
 @pytest.mark.parametrize(
     ("lora", "passes"),
     [
-        ({}, 1), (ATTENTION, 2), ({"target_modules": ["q", "v_proj"]}, 2), ({"target_modules": "all-linear"}, 1),
+        ({}, 2), (ATTENTION, 2), ({"target_modules": ["q", "v_proj"]}, 2), ({"target_modules": "all-linear"}, 1),
         ({"target_modules": AUTO}, 1), ({"target_modules": ["q", "gate"]}, 1), ({"target_modules": ".*q_proj"}, 1),
         (ATTENTION | {"target_parameters": ["experts"]}, 1),
     ],

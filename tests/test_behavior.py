@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Ran, tiny_llama, write_rows
@@ -53,7 +54,14 @@ def by_hand(base_dir: Path, out: Path, *, chat: bool) -> dict[str, float]:
     ours = distributions()
     nats = functional.kl_div(ours, its, reduction="none", log_target=True).sum(-1)
     agree = (ours.argmax(-1) == its.argmax(-1)).double()
-    return {"divergence": float(nats.mean()), "agreement": float(agree.mean()), "tokens": len(nats)}
+    each = torch.stack([part.mean() for part in torch.split(nats, [whole.shape[1] - begin for begin, whole in texts])])
+    middle = each.double().quantile(0.5)
+    return {
+        "divergence": float(nats.mean()),
+        "agreement": float(agree.mean()),
+        "tokens": len(nats),
+        "median_divergence": float(middle),
+    }
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -71,8 +79,10 @@ def test_the_numbers_equal_those_of_stock_peft(
     found, expected = recorded(tmp_path / "out"), by_hand(base, tmp_path / "out", chat=chat)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4) and found["divergence"] > 0.01
     assert found["texts"] == 24 and found["divergence_interval"][0] < found["divergence"]
+    low, high = found["median_divergence_interval"]
+    assert low < found["median_divergence"] < high
     assert len(found["samples"]) == 6 and found["samples"][0]["base"] != found["samples"][0]["adapter"]
-    line = f"KL {found['divergence']:.3f} nats per token on its answers to "
+    line = f"median KL {found['median_divergence']:.3f} nats per token (95 % interval {low:.3f} to {high:.3f}) on its "
     assert f"  base's answers  {line}" in ran.out
     assert f"- **Base's answers:** {line}" in (tmp_path / "out" / "README.md").read_text()
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -83,6 +93,7 @@ def test_the_numbers_equal_those_of_stock_peft(
     assert evaluated["behavior"]["samples"] == found["samples"]
     ran = cli("report", "--adapter", tmp_path / "out", "--output", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
+    assert f"{found['median_divergence']:.4f} (95 % interval {low:.4f} to {high:.4f})" in page
     assert ran.code == 0 and 'id="everyday"' in page and "Explain in two sentences why the sky looks blue." in page
 
 
@@ -158,6 +169,14 @@ def test_prompts_share_the_weights_of_the_output_layer() -> None:
     (copied, old), (shared, new) = found
     assert copied >= 5 * output and shared <= output and old == new
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_one_answer_of_24_does_not_move_the_line() -> None:
+    nats = np.linspace(0.5, 2.5, 24)
+    plain, far = (Behavior.of(nats + shift, np.full(24, 40.0), np.full(24, 48.0)) for shift in (0, 60 * np.eye(24)[23]))
+    assert far.divergence > 2 * plain.divergence and far.divergence_interval != plain.divergence_interval
+    assert str(far) == str(plain) and plain.median_interval == Interval(nats[6] / 48, nats[17] / 48)
+    assert str(plain).startswith("median KL 0.031 nats per token (95 % interval 0.021 to 0.041) on its answers to 24 ")
 
 
 def test_a_low_agreement_is_reported() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import config_in, meanings, write_rows
+from conftest import ROWS, config_in, meanings, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, Cli, MakeConfig, interrupt
 from test_preparing import checked, prepared
@@ -196,6 +196,8 @@ def test_rows_with_a_prompt_are_not_split(renderer: Renderer, tmp_path: Path) ->
 CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "stride of max_length": ({"stride": 16, "max_length": 16}, "data.stride and data.max_length"),
     "stride without blocks": ({"stride": 1, "truncation": "drop"}, "data.stride and data.truncation"),
+    "stride of rows that are not split": ({"stride": 1, "format": "prompt_completion"}, "data.stride and data.format"),
+    "prompts of texts": ({"prompt_loss_weight": 0.5, "format": "text"}, "data.prompt_loss_weight and data.format"),
     "split of chats": ({"truncation": "split", "format": "messages"}, "data.truncation and data.format"),
     "negative stride": ({"stride": -1}, "data.stride"),
 }
@@ -205,6 +207,19 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_conflicts_are_config_errors(values: dict[str, Any], key: str, run_config: MakeConfig, cli: Cli) -> None:
     ran = cli("train", run_config(data=values))
     assert ran.code == 2 and f": {key}: " in ran.errors[0], ran.err
+
+
+@pytest.mark.parametrize("size", [None, 1, 99])
+def test_settings_without_effect_on_the_rows_are_reported(
+    size: int | None, run_config: MakeConfig, cli: Cli, tmp_path: Path, untraced: None
+) -> None:
+    """A stride without blocks; a weight of prompts, for texts. size: words of each text; None: rows with a prompt."""
+    rows = ROWS if size is None else [{"text": words(size, number)} for number in range(8)]
+    given = {"train": str(write_rows(tmp_path / "given.jsonl", rows)), "max_length": 48}
+    ran = cli("train", run_config(data=given | {"stride": 4}), "--dry-run")
+    assert ran.code == 0 and ("data.stride has no effect" in ran.out) == (size != 99), ran.err
+    ran = cli("train", run_config(data=given | {"prompt_loss_weight": 0.5}), "--dry-run")
+    assert ran.code == 0 and ("data.prompt_loss_weight has no effect" in ran.out) == (size is not None), ran.err
 
 
 # Splits, scores and training
@@ -496,6 +511,9 @@ def test_a_setting_for_text_files_without_any_is_reported(tmp_path: Path) -> Non
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     (line,) = checked(str(path), sample_by="document").train.notes
     assert "data.sample_by has no effect" in line and checked(str(path)).train.notes == ()
+    (tmp_path / "README.md").write_text("a")
+    (line,) = checked(str(tmp_path), sample_by="line").train.notes
+    assert "data.sample_by has no effect" in line and "not read: README.md" in line
 
 
 def test_files_of_a_recursive_glob(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def test_invalid_rows_and_outputs_are_refused_before_importing_torch(run_config:
         (["generate", "--adapter", "x", "hello", "--temperature", "0.0001"], f"[{Code.USAGE_BAD_VALUE}]"),
         (["generate", "--adapter", "x", "hello", "--overwrite"], f"--output [{Code.USAGE_CONFLICT}]"),
         (["train", "a.yaml", "--allow-change", "lora.r"], f"--resume [{Code.USAGE_CONFLICT}]"),
+        (["train", "a.yaml", "--rows", "2"], f"--dry-run [{Code.USAGE_CONFLICT}]"),
         (
             ["generate", "--adapter", "x", "hello", "--output", "no/such/file"],
             "--output: its directory no/such does not",

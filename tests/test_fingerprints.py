@@ -195,7 +195,7 @@ def test_a_published_adapter_detects_a_different_base(
     for ran in on(merged):
         check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(out), ""))
         assert f"was trained on another base than {merged}" in ran.err
-    recorded("3:of a later release")
+    recorded("9:of a later release")
     for ran in on(tiny_dir):
         check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(out), ""))
         assert "upgrade loratune" in ran.err

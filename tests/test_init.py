@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ATTENTION, ROWS, check_refused, meanings, tiny_llama, write_rows
-from running import Cli
+from running import Cli, MakeConfig
 from transformers import PreTrainedTokenizerFast
 
 from loratune import config
@@ -82,8 +82,23 @@ def test_conversations(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = written(cli, tiny_dir, write_rows(here / "chat.jsonl", CHAT))
     assert run.data.validation is None, "too few rows to hold any out"
     assert (run.data.max_length, run.training.num_train_epochs) == (128, "auto")
-    assert "# here 1: " in (here / "config.yaml").read_text(), "as it adapts all linear layers"
+    assert run.lora.target_modules == ["q", "k", "v", "o"]
+    assert "# here 2: " in (here / "config.yaml").read_text(), "as it adapts q, k, v and o"
     assert "chat template" in (here / "config.yaml").read_text()
+
+
+def test_a_run_that_continues_an_adapter_has_its_rank_and_targets(
+    cli: Cli, run_config: MakeConfig, tiny_dir: Path, here: Path
+) -> None:
+    ran = cli("train", run_config(lora={"r": 12, "target_modules": "all-linear"}, training={"max_steps": 1}))
+    assert ran.code == 0, ran.err
+    rows = write_rows(here / "more.jsonl", ROWS)
+    ran = cli("init", rows, "--model", tiny_dir, "--set", f"lora.start_from={here / 'out'}")
+    assert ran.code == 0, ran.err
+    dry = cli("train", "config.yaml", "--dry-run")
+    assert dry.code == 0 and "auto: lora.r is 12 (that of the adapter it starts from)" in dry.err
+    left_out = cli("train", "config.yaml", "--dry-run", "--set", "lora.target_modules=[q, k, v, o]")
+    assert left_out.code != 0 and "set lora.target_modules to auto" in left_out.err
 
 
 def test_texts_longer_than_the_context_of_the_model(cli: Cli, tiny_dir: Path, here: Path) -> None:

@@ -1,7 +1,13 @@
 """Tokenizers that fail on a text, or that have more tokens than the model."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +23,7 @@ from loratune.cli.boundary import boundary
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.data.formats import Conversation, Plain
-from loratune.data.rendering import Renderer
+from loratune.data.rendering import Renderer, sandbox
 from loratune.errors import DataError, ModelError
 from loratune.model.load import load_tokenizer
 
@@ -35,7 +41,9 @@ def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTok
 
 
 def test_template_that_runs_out_of_memory_is_a_row_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = LOOP + "{{ m.content }}{% if m.content == 'aaaa' %}{{ ('a' * 10 ** 16)|length }}{% endif %}{% endfor %}"
+    template = (
+        LOOP + "{{ m.content }}{% if m.content == 'aaaa' %}{{ (m.content * 10 ** 16)|length }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(DataError) as caught:
         Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
     assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
@@ -54,6 +62,98 @@ def test_templates_cannot_access_python_internals(template: str, tokenizer: PreT
     with pytest.raises(DataError, match="the chat template refuses these messages") as caught:
         Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
     assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
+
+
+ROW_3 = "{{% for m in messages %}}{{{{ m.content }}}}{{% if m.content == 'aaaa' %}}{}{{% endif %}}{{% endfor %}}"
+"""A template that does something for a row only."""
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ (m.content * 6000000000)|length }}", "{{ 25001 * m.content }}", "{{ [m] * 10 ** 9 }}",
+        "{{ m.content|length ** 1000000 }}", "{% set n = 2 ** 40000 %}{{ n * n * n }}",
+        "{{ '%999999999d' % m.content|length }}", "{{ '%*d' % (10 ** 9, m.content|length) }}",
+        "{{ '%.999999999f'|format(m.content|length) }}", "{{ m.content|center(10 ** 9) }}",
+        "{{ m.content.ljust(10 ** 9) }}", "{{ m.content['zfill'](10 ** 9) }}", "{{ m|tojson(indent=10 ** 9) }}",
+        "{{ m.content|length|round(10 ** 9) }}", "{{ [m]|batch(10 ** 9, 'x')|list }}",
+        "{{ m.content|indent(10 ** 9, true) }}", "{{ [m.content]|map('center', 10 ** 9)|list }}",
+    ],
+)  # fmt: skip
+def test_single_operations_of_templates_are_bounded(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As `range` is: an operation cannot be interrupted. Memory for the largest of them would be there."""
+    renderer = Renderer(changed(tokenizer, chat_template=ROW_3.format(template)))
+    with pytest.raises(DataError, match=r"the chat template refuses these messages: .* too large") as caught:
+        renderer.prompt(CHAT.messages, where="rows:3")
+    assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
+    with pytest.raises(DataError, match="too large"):
+        renderer.row(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 'x' * 6000000000 }}", "{{ 'x'|center(10 ** 9) }}", "{% set n = 9 ** 99999 %}"]
+)
+def test_large_constants_of_templates_are_refused(
+    template: str, tiny_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Jinja computes them as it compiles a template, also where no row does."""
+    source = ROW_3.replace("aaaa", "no row").format(template)
+    (tmp_path / "large.jinja").write_text(source)
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_dir)), str(tmp_path / "large.jinja"))
+    with pytest.raises(ModelError, match="too large") as caught:
+        Renderer(tokenizer).row(CHAT)
+    assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, str(tiny_dir), "data.chat_template")]
+
+
+def test_templates_may_use_small_sizes(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = ROW_3.format(
+        "{{ '-' * 80 }}{{ [1, 2] * 3 }}{{ '%5d|%s 100%%' % (3, m.content) }}{{ 'a'.ljust(3) ~ 'b'|center(5) }}"
+        "{{ 2.5 * 4 }}{{ 7 % 4 }}{{ 2 ** 0.5 }}{{ 2 ** -1 }}{{ 1234567 * 7654321 }}{{ '%s'|format('x') }}"
+        "{{ {'n': 1}|tojson(indent=2) }}{{ 2.345|round(2) }}{{ '{:>4}'.format(1000000) }}"
+    )
+    renderer = Renderer(changed(tokenizer, chat_template=source))
+    expected = renderer.tokenizer.apply_chat_template([*CHAT.messages], tokenize=False)
+    assert "-" * 80 in expected and renderer.prompt_text(CHAT.messages) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(100000) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n else '' }}{% endmacro %}{{ f(60) }}",
+    ],
+    ids=["loops", "macros"],
+)
+def test_a_long_rendering_is_noted_and_interrupted(
+    template: str, tmp_path: Path, cli: Callable[..., Ran], run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "PATIENCE", 0.3)
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "aaaa")]
+    for row in rows:
+        row["messages"].append({"role": "assistant", "content": "b"})
+    (tmp_path / "endless.jinja").write_text(ROW_3.format(template))
+    data = {"train": str(write_rows(tmp_path / "chats.jsonl", rows)), "chat_template": str(tmp_path / "endless.jinja")}
+    config, over = run_config(data=data), threading.Event()
+    main = threading.main_thread().ident or 0
+
+    def interrupt() -> None:
+        """Send a Ctrl-C after the template has been running for two seconds."""
+        started = 0.0
+        while not over.wait(0.05):
+            names = {frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._current_frames()[main])}
+            started = (started or time.monotonic()) if "<template>" in names else 0.0
+            if started and time.monotonic() > started + 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    ran = cli("train", config, "--dry-run")
+    over.set()
+    watcher.join()
+    assert ran.code == 130
+    lines = [line for line in ran.err.splitlines() if "is still rendering" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{tmp_path / 'chats.jsonl'}:2: the chat template of ")
 
 
 def test_templates_may_use_small_powers(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,17 +2,20 @@
 
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import meanings, tree
+from conftest import CHAT_TEMPLATE, check_refused, config_in, meanings, tree, write_rows
+from running import Cli
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError
@@ -326,3 +329,72 @@ def test_an_interrupt_just_after_the_creation_leaves_no_file(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt), made.opened():
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+# What adapters are made of
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) -> Path:
+    """An adapter whose rows are a file, a directory and a glob."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = shutil.copytree(tiny_dir, folder / "model")
+    (folder / "validation").mkdir()
+    for name in ("chat.jsonl", "validation/rows.jsonl", "test-1.jsonl"):
+        turns = [{"role": "user", "content": name}, {"role": "assistant", "content": "a"}]
+        write_rows(folder / name, [{"messages": turns}] * 8)
+    (folder / "template.jinja").write_text(CHAT_TEMPLATE)
+    data = {
+        "train": "chat.jsonl",
+        "validation": "validation",
+        "test": "test-*.jsonl",
+        "chat_template": "template.jinja",
+    }
+    data = {key: str(folder / name) for key, name in data.items()}
+    ran = cli("train", config_in(folder, model)(data=data, training={"max_steps": 1}), "--allow-worse")
+    assert ran.code == 0, ran.err
+    return folder / "out"
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "report": (),
+    "generate": ("--input", "missing.jsonl"),
+    "evaluate": ("--data", "missing.jsonl"),
+}
+MADE_OF = ("chat.jsonl", "validation/rows.jsonl", "test-1.jsonl", "template.jinja", "model/model.safetensors")
+
+
+@pytest.mark.parametrize("by", [same, link, hard_link, around])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_an_adapter_was_made_of_is_never_overwritten(
+    command: str, by: Callable[[Path], Path], adapter: Path, cli: Cli
+) -> None:
+    """Even by a command that does not read it. This is checked before the command reads rows."""
+    for name in MADE_OF:
+        named, before = by(adapter.parent / name), tree(adapter.parent)
+        ran = cli(command, "--adapter", adapter, *COMMANDS[command], "--output", named, "--overwrite")
+        check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(Path(named)), "--output"))
+        assert tree(adapter.parent) == before
+        if by in (link, hard_link):
+            named.unlink()
+
+
+def test_outputs_may_be_beside_the_rows_of_an_adapter(adapter: Path, cli: Cli) -> None:
+    """Even in a directory of rows: who trains on the rows of the working directory writes results there."""
+    page = adapter.parent / "validation" / "page.html"
+    ran = cli("report", "--adapter", adapter, "--output", page)
+    assert ran.code == 0 and page.is_file(), ran.err
+    page.unlink()
+
+
+def test_errors_about_a_mixture_name_what_was_given(adapter: Path, cli: Cli, tmp_path: Path) -> None:
+    """And not the directory in which it is made. The base has been moved away."""
+    copy, base = shutil.copytree(adapter, tmp_path / "copy"), adapter.parent / "model"
+    base.rename(moved := base.with_name("moved"))
+    try:
+        mixed = ("--adapter", f"a={adapter}", "--adapter", f"b={copy}", "--mix", "a:0.5,b:0.5")
+        ran = cli("export", *mixed, "--to", "peft", "--output", tmp_path / "out")
+    finally:
+        moved.rename(base)
+    assert ran.code == 3 and str(adapter / "adapter_config.json") in ran.err, ran.err
+    assert tempfile.gettempdir() not in ran.err.replace(str(tmp_path), "").replace(str(adapter.parent), "")

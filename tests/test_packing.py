@@ -361,6 +361,11 @@ def test_best_fit_takes_no_more_packs_than_first_fit() -> None:
     assert all(len(best_fit(*case)) <= count for case, count in zip(several, first, strict=True))
 
 
+def test_a_budget_beyond_all_rows_takes_no_memory() -> None:
+    assert [pack.tolist() for pack in best_fit(np.array([3, 1, 2], np.uint8), 1 << 62)] == [[0, 1, 2]]
+    assert len(best_fit(np.array([], np.int64), 1 << 62)) == 0
+
+
 def test_packs_can_be_indexed_and_iterated() -> None:
     packs = best_fit(np.array([3, 1, 2, 4]), 5)
     assert [packs[number].tolist() for number in range(len(packs))] == [[1, 3], [0, 2]]

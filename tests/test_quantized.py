@@ -25,7 +25,7 @@ from loratune.errors import ConfigError
 from loratune.kernels import quantized
 from loratune.lora import creation, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import load
+from loratune.model import fingerprints, load
 from loratune.model.load import Machine
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
@@ -339,6 +339,99 @@ def test_interrupted_and_resumed_run_writes_the_same_bytes(
     assert "resuming from step" in ran.err
     assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (tmp_path / "straight" / WEIGHTS_FILE).read_bytes()
     assert curve(tmp_path / "out", "loss") == curve(tmp_path / "straight", "loss")
+
+
+# Fingerprints
+
+
+class Doubled:
+    """What changes a quantized weight and leaves its numbers: twice the scales, as of a base with weights twice as
+    large."""
+
+    @staticmethod
+    def all_of_a_row(layer: Any) -> None:
+        (layer.weight if layer.weight.SCB is not None else layer.state).SCB[3] *= 2
+
+    @staticmethod
+    def of_a_block(layer: Any) -> None:
+        layer.weight.quant_state.absmax[3] *= 2
+
+    @staticmethod
+    def of_the_scales(layer: Any) -> None:
+        layer.weight.quant_state.state2.absmax *= 2
+
+    @staticmethod
+    def the_offset(layer: Any) -> None:
+        layer.weight.quant_state.offset *= 2
+
+    @staticmethod
+    def another_format(layer: Any) -> None:
+        layer.weight.quant_state.quant_type = "fp4"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "nested", "change"),
+    [
+        ("8bit", False, Doubled.all_of_a_row), ("4bit", False, Doubled.of_a_block), ("4bit", True, Doubled.the_offset),
+        ("4bit", True, Doubled.of_the_scales), ("4bit", False, Doubled.another_format),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)  # fmt: skip
+def test_scales_and_formats_of_quantized_weights_count_in_fingerprints(
+    quantization: str, nested: bool, change: Callable[[Any], None], wide: Path
+) -> None:
+    how = (
+        BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, quantization_config=how)
+    known, sample, state = fingerprints.fingerprint(base), fingerprints.Sampled(base), fingerprints._bits(base)
+    assert known.startswith(fingerprints.QUANTIZED_VERSION)
+    base(torch.arange(4)[None])  # bitsandbytes moves scales in 8 bit to another place
+    assert fingerprints.fingerprint(base) == known and sample.is_in(base) and fingerprints._bits(base) == state
+    change(base.model.layers[1].mlp.up_proj)
+    assert fingerprints.fingerprint(base) != known
+    assert not sample.is_in(base) and fingerprints._bits(base) != state
+
+
+def test_quantized_bases_with_other_scales_are_refused(
+    wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights twice as large have the same numbers. Fingerprints of earlier revisions do not contain the scales."""
+    config = run_config(
+        model={"name_or_path": str(wide), "quantization": "4bit"}, training={"max_steps": 6, "save_steps": 1}
+    )
+    out, moved = tmp_path / "out", Path(shutil.copytree(wide, tmp_path / "moved"))
+    weights = load_file(moved / "model.safetensors")
+    save_file(
+        {name: weight * (2 if "proj" in name else 1) for name, weight in weights.items()},
+        moved / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    monkeypatch.setattr(fingerprints, "QUANTIZED_VERSION", fingerprints.VERSION)
+    assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
+    earlier = Path(shutil.copytree(tmp_path / "out.partial", tmp_path / "earlier.partial"))
+    adapter = tmp_path / "adapter"
+    assert cli("train", config, "--set", f"output_dir={adapter}").code == 0
+    monkeypatch.undo()
+
+    ran = cli("train", config, "--resume", "--set", f"output_dir={earlier.with_suffix('')}")
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "model.name_or_path"))
+    assert "without the scales" in ran.err and "--overwrite" in ran.err
+    ran = cli("train", config, "--set", f"lora.start_from={adapter}", "--set", f"output_dir={tmp_path / 'more'}")
+    check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(adapter), "lora.start_from"))
+    ask = ("generate", "--adapter", adapter, "--max-new-tokens", 1, "1 and 1 make")
+    ran = cli(*ask)
+    check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(adapter), ""))
+    assert "without the scales" in ran.err and "train it again" in ran.err and "--force" in ran.err
+    assert cli(*ask, "--force").code == 0
+
+    assert cli("train", config, "--overwrite").code == 0
+    settings = json.loads((out / "adapter_config.json").read_text())
+    for base, code in ((wide, 0), (moved, 5)):
+        (out / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+        ran = cli("generate", "--adapter", out, "--max-new-tokens", 1, "1 and 1 make")
+        assert ran.code == code, ran.err
+        assert ("was trained on another base" in ran.err) == (code == 5)
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, Ran, check_refused, write_rows
+from conftest import ROWS, Ran, check_refused, meanings, write_rows
 from families import small
 from fork_server import ForkServer
 from peft import PeftModel, PeftModelForCausalLM
@@ -25,8 +25,13 @@ from loratune.training import reference, retention
 SETTINGS = {"kl_weight": 2.0, "num_samples": 6, "max_new_tokens": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "mixtral": {}, "gemma2": {"final_logit_softcapping": 2.0}, "cohere": {}, "falcon_h1": {}, "bamba": {},
+    "phi3": {"original_max_position_embeddings": 16, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        "partial_rotary_factor": 1.0, "original_max_position_embeddings": 16,
+    }},
 }  # fmt: skip
-"""Dense, with experts, with capped and with scaled logits, hybrids; with what makes it visible."""
+"""Dense, with experts, with capped and with scaled logits, hybrids, with rotations that depend on the length (texts are
+shorter than 16 tokens, rows on both sides); with what makes it visible."""
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " 7"} for row in ROWS]
 
 
@@ -174,9 +179,36 @@ def test_prompts_of_a_file(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> 
     assert any("retention" in note for note in plan.all_notes())
     assert plan.datasets.tokenizer.decode(plan.retention.given[0]) == "say"
     trained(cli, path, tmp_path / "done")
+    write_rows(prompts, [{"prompt": "a"}, {"prompt": "b" * 508}])
+    ran = cli("train", path, "--set", f"output_dir={tmp_path / 'long'}")
+    check_refused(ran, 2, (Code.DATA_TOO_LONG, f"{prompts}:2", "retention.prompts"))
+    assert "shorten the prompt" in ran.err and "retention.max_new_tokens to 4" in ran.err
+    write_rows(prompts, [{"prompt": "a"}, {"prompt": ""}])
+    events = list[loratune.Event]()
+    with pytest.raises(loratune.DataError) as refused:
+        loratune.plan(loratune.load_config(path, {"output_dir": str(tmp_path / "none")}), on_event=events.append)
+    assert meanings(refused.value) == [(Code.DATA_FIELD, f"{prompts}:2", "")]
+    assert not any("load" in event.what for event in events if isinstance(event, loratune.ProgressEvent))
     write_rows(prompts, [])
     ran = cli("train", path, "--set", f"output_dir={tmp_path / 'none'}")
     assert ran.code == 4 and not (tmp_path / "none").exists(), ran.err
+
+
+@pytest.mark.parametrize(("objective", "weight"), [("sft", "0"), ("dpo", "auto")])
+def test_settings_that_are_not_read_are_reported(
+    objective: str, weight: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Where there is no retention; by `explain` too."""
+    data = {"train": str(write_rows(tmp_path / "pairs.jsonl", PAIRS))} if objective == "dpo" else {}
+    path = run_config(data=data, training={"objective": objective}, retention={"prompts": "p.jsonl", "num_samples": 3})
+    ran = cli("train", path, "--dry-run", "--set", f"retention.kl_weight={weight}")
+    assert ran.code == 0, ran.err
+    told = [line.split()[0] for line in ran.err.splitlines() if "has no effect" in line]
+    assert told == ["retention.num_samples", "retention.prompts"]
+    explained = cli("explain", "retention", path, "--set", f"retention.kl_weight={weight}").out
+    assert explained.count("not used, as retention.kl_weight is 0") == 2
+    ran = cli("train", path, "--dry-run", "--set", "retention={}")
+    assert ran.code == 0 and "has no effect" not in ran.err, ran.err
 
 
 def test_what_cannot_be_done_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

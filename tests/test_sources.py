@@ -27,6 +27,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data import sources
+from loratune.data.formats.questions import read_questions
 from loratune.data.sources.files import looks_like_hub_id
 from loratune.data.sources.rows import Row, Unreadable, line_of
 from loratune.errors import DataError, Problem
@@ -80,6 +81,11 @@ ACCEPTED = {
     "list under data": ("rows.json", b'{"data": [' + PAIR + b"]}", ["row 1"]),
     "one object": ("rows.json", b'{\n"prompt": "a",\n"completion": "b"}', ["row 1"]),
     "csv": ("rows.csv", b"\xef\xbb\xbfcompletion,prompt\r\nb,a\r\n\r\nb,a\r\n", [2, 4]),
+    "sep=, and commas": ("rows.csv", b"sep=,\nprompt,completion\na,b\n", [3]),
+    "sep=; after a BOM": ("rows.csv", b"\xef\xbb\xbfsep=;\r\n\r\nprompt;completion\r\na;b\r\n", [4]),
+    "quoted sep=": ("rows.csv", b'"sep=,"\nprompt,completion\na,b\n', [3]),
+    "sep= with empty cells": ("rows.csv", b"sep=,,\nprompt,completion\na,b\n", [3]),
+    "SEP= and tabs": ("rows.csv", b"SEP=\t\nprompt\tcompletion\na\tb\na\tb\n", [3, 4]),
 }
 
 
@@ -135,6 +141,55 @@ def test_csv_line_numbers_count_newlines_in_quotes(tmp_path: Path) -> None:
     path.write_bytes(b'prompt,completion\n"a\nb, ""c""\n",d\ne,f\n')
     assert values(read(path)) == [{"prompt": 'a\nb, "c"\n', "completion": "d"}, {"prompt": "e", "completion": "f"}]
     assert lines(read(path)) == ["rows.csv:2", "rows.csv:5"]
+
+
+CLASSES = "".join(f"text {number},{('card', 'refund', 'pin')[number % 3]}\n" for number in range(30))
+ROWS_AS_HEADERS = {
+    "a class": f"i want it back,refund\n{CLASSES}",
+    "a rare class": f"i want it back,other\n{CLASSES}a,other\n",
+    "a number": "17,hello there\n18,good bye\n",
+    "a sentence": "What is the capital of France?,Paris\nAnd of Spain?,Madrid\n",
+    "a long text": f"prompt,{'word ' * 30}\na,b\n",
+}
+HEADERS = {
+    "names": f"text,label\n{CLASSES}",
+    "words": "Prompt,Expected Answer\nWhat is the capital of France?,Paris\n",
+    "a name that is a value": f"text,label\n{CLASSES}" * 2 + "text,b\n" + CLASSES * 20,
+    "pandas' numbers": "0,1\n3,text\n4,text\n",
+    "counted from 1": "1,2\n3,4\n3,4\n",
+    "pandas' index": ",text,label\n0,a,b\n1,c,d\n",
+    "years": "country,1960,1961\nAruba,54211,55438\n",
+    "ticked": "Email,Phone\nEmail,\n,Phone\nEmail,Phone\n",
+    "questions": "Timestamp,What did you like most about this product?\n2020,all\n",
+    "other scripts": "问题,答案\n你好吗,好\n",
+    "Kaggle": "Id,ProductId,UserId,ProfileName,Score,Time,Summary,Text\n1,B001,A3S,d,5,1303862400,Good,I like it\n",
+}
+
+
+@pytest.mark.parametrize("name", [*ROWS_AS_HEADERS, *HEADERS])
+def test_csv_header_that_looks_like_a_row_is_reported(tmp_path: Path, name: str) -> None:
+    """As a remark on the rows, since some headers are questions."""
+    path = tmp_path / "rows.csv"
+    path.write_text((ROWS_AS_HEADERS | HEADERS)[name])
+    fields = [*read(path)[0].values]
+    section = DataSection(train=Source(path=str(path)), columns={"text": fields[-1]})
+    found = [line for line in data.read_datasets(section, 0).train.remarks() if "looks like a row" in line]
+    assert len(found) == (name in ROWS_AS_HEADERS)
+    assert all(str(path) in line and fields[0] in line and "prompt,completion" in line for line in found)
+
+
+def test_error_about_fields_of_csv_says_where_their_names_are_from(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("hello,hi\ngood day,hi\n")
+    for columns in ({}, {"prompt": "question"}):
+        with pytest.raises(DataError) as caught:
+            data.read_datasets(DataSection(train=Source(path=str(path)), columns=columns), 0)
+        assert "first line" in caught.value.problems[0].fix
+    with pytest.raises(DataError, match="first line"):
+        read_questions(str(path), DataSection(train=Source(path="-")))
+    with pytest.raises(DataError) as caught:
+        data.read_datasets(DataSection(train=Source(path=str(write_rows(tmp_path / "rows.jsonl", [{"a": 1}])))), 0)
+    assert "first line" not in caught.value.problems[0].fix
 
 
 def test_txt_has_one_text_per_line(tmp_path: Path) -> None:
@@ -680,12 +735,26 @@ def test_file_deleted_after_opening_is_reported(tmp_path: Path) -> None:
 # Rows that a program holds in memory
 
 PAIRS: list[dict[str, Any]] = [{"prompt": f"p{number}", "completion": "c", "n": number} for number in range(5)]
+FILE = {"bytes": b"not an image", "path": None}
+WIDE = [row | {"image": FILE, "more": [FILE]} for row in PAIRS]
+MEDIA = datasets.Features(
+    {"prompt": datasets.Value("string"), "completion": datasets.Value("string"), "n": datasets.Value("int64")}
+    | {"image": datasets.Image(), "more": datasets.List(datasets.Image())}
+)
 GIVEN: dict[str, Callable[[], Any]] = {
     "dicts": lambda: PAIRS,
     "a generator": lambda: iter(PAIRS),
     "a dataset": lambda: datasets.Dataset.from_list(PAIRS),
     "a dataset of tensors": lambda: datasets.Dataset.from_list(PAIRS).with_format("numpy"),
+    "columns of a dataset": lambda: datasets.Dataset.from_list(WIDE).with_format("torch", columns=["n", *VALUES]),
+    "all columns of a dataset": lambda: datasets.Dataset.from_list(PAIRS).with_format(
+        "numpy", columns=["n"], output_all_columns=True
+    ),
+    "selected rows of a dataset": lambda: datasets.Dataset.from_list([*PAIRS[2:], *PAIRS[:2]]).select([3, 4, 0, 1, 2]),
+    "a dataset with media": lambda: datasets.Dataset.from_list(WIDE).cast(MEDIA),
     "a frame": lambda: pandas.DataFrame(PAIRS),
+    "a frame of Arrow's types": lambda: pandas.DataFrame(PAIRS).convert_dtypes(dtype_backend="pyarrow"),
+    "a frame with an index": lambda: pandas.DataFrame(PAIRS).set_index("prompt"),
     "numpy's numbers": lambda: [row | {"n": np.int64(row["n"])} for row in PAIRS],
 }
 
@@ -721,8 +790,21 @@ def test_invalid_rows_in_memory_are_refused() -> None:
     for wrong in wrongs:
         with pytest.raises(DataError, match=r"a list of dicts, a datasets\.Dataset or a pandas frame"):
             sources.given_rows(wrong, "train")
+    dataset, names = datasets.Dataset.from_list(PAIRS), ["prompt", "completion", "completion"]
+    unread = {
+        "from_list": dataset.to_iterable_dataset(),
+        "['train']": datasets.DatasetDict({"train": dataset}),
+        "map": dataset.with_transform(lambda rows: {name: values[::-1] for name, values in rows.items()}),
+        "`completion`": pandas.DataFrame([["a", "b", "c"]], columns=names),
+        "`0`": pandas.DataFrame([["a", "b"]], columns=[0, "0"]),
+        "`prompt`": pandas.DataFrame(PAIRS, index=pandas.Index([*"abcde"], name="prompt")),
+    }
+    for part, wrong in unread.items():
+        with pytest.raises(DataError, match=re.escape(part)):
+            sources.given_rows(wrong, "train")
     section = DataSection(train=Source(path=sources.GIVEN))
     refused = {
+        "train[0]": ([{0: "a", "0": "b"}], Code.DATA_SYNTAX),
         "train[1]": ([PAIRS[0], "text"], Code.DATA_SYNTAX),
         "train[2]": ([*PAIRS[:2], {"prompt": "a"}], Code.DATA_FIELD),
         "train": ([], Code.DATA_EMPTY),

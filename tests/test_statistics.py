@@ -19,6 +19,7 @@ from loratune.statistics import (
     mcnemar,
     mean_ratio_error,
     mean_ratio_interval,
+    median_interval,
     positive_ratio_interval,
     rows_needed,
     share_difference_error,
@@ -181,6 +182,18 @@ def test_interval_of_many_rows_is_fast() -> None:
 def test_invalid_samples_are_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(ValueError):
         wrong()
+
+
+@pytest.mark.parametrize("count", [6, 7, 24, 25, 100, 1001])
+def test_median_interval_equals_that_of_scipy(count: int) -> None:
+    values = made(count)[0]
+    expected = stats.quantile_test(values, p=0.5).confidence_interval()
+    assert ends(median_interval(values)) == ends(median_interval(values[::-1])) == (expected.low, expected.high)
+
+
+def test_median_interval_needs_six_finite_values() -> None:
+    assert median_interval([]) is None and median_interval([1.0] * 5) is None
+    assert median_interval([1.0] * 6) == Interval(1.0, 1.0) and median_interval([1.0] * 6 + [math.inf]) is None
 
 
 def test_rows_needed() -> None:

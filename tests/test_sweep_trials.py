@@ -172,6 +172,10 @@ def test_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> None:
     for trial in results(swept).trials:
         assert f"{trial.loss:.4f}" in text
     assert text.count('<svg class="chart"') == 2 and "<script" not in text and "http" not in text.split("</style>")[1]
+    rows, before = swept / "rows.jsonl", tree(swept)
+    ran = cli("report", "--study", swept / "out.study", "--output", rows, "--overwrite")
+    check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(rows), "--output"))
+    assert tree(swept) == before
     check_refused(cli("report", "--study", tmp_path), 2, (Code.SWEEP_STUDY, str(tmp_path), "--study"))
     check_refused(cli("report"), 2, (Code.USAGE_CONFLICT, "", ""))
 

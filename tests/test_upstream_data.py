@@ -30,6 +30,24 @@ def test_dataset_fingerprint() -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_media_are_the_features_that_are_decoded() -> None:
+    media = [
+        datasets.Image(),
+        datasets.Audio(),
+        datasets.Video(),
+        datasets.List(datasets.Image()),
+        {"a": datasets.Image()},
+    ]
+    plain = [
+        datasets.Value("string"),
+        datasets.ClassLabel(2),
+        datasets.Image(decode=False),
+        {"a": datasets.Value("int8")},
+    ]
+    plain += [datasets.List(datasets.Value("string")), *([datasets.Json()] if hasattr(datasets, "Json") else [])]
+    assert all(map(upstream.is_media, media)) and not any(map(upstream.is_media, plain))
+
+
 def test_slice_bounds() -> None:
     assert upstream.slice_bounds("train[:2]+train[50%:]", 8) == [(0, 2), (4, 8)]
     with pytest.raises(ValueError, match="test"):
@@ -42,7 +60,7 @@ def test_tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_chat_template_environment() -> None:
     """It supports what chat templates use beyond plain Jinja, and renders templates that were parsed in it."""
-    environment = upstream.chat_template_environment(MARKED)
+    environment = upstream.chat_template_environment()
     source = MARKED + "{{ messages[0]|tojson }}{{ strftime_now('') }}{% for m in messages %}{% break %}{% endfor %}"
     assert environment.from_string(source).render(messages=MESSAGES) == 'a;b;{"role": "user", "content": "a"}'
     with pytest.raises(jinja2.TemplateError):

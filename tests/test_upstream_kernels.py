@@ -74,8 +74,27 @@ def test_has_hooks(register: object) -> None:
     assert not upstream.has_hooks(module)
     hook = register(module)  # type: ignore[operator]
     assert upstream.has_hooks(module)
+    assert upstream.has_hooks(module, besides=Hooks)
     hook.remove()
     assert not upstream.has_hooks(module)
+
+
+class Hooks:
+    def forward(self, *_: object) -> None:
+        """A hook."""
+
+
+def test_has_hooks_besides_those_of_a_class() -> None:
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(Hooks().forward)
+    assert upstream.has_hooks(module) and not upstream.has_hooks(module, besides=Hooks)
+
+
+def test_rotary_embeddings() -> None:
+    (found,) = upstream.rotary_embeddings(tiny_llama())
+    positions = torch.arange(3)[None]
+    cosine, sine = found(torch.zeros(1, 3, 32), position_ids=positions)
+    assert "position_ids" in inspect.signature(found.forward).parameters and cosine.shape == sine.shape == (1, 3, 8)
 
 
 def fakes() -> tuple[torch.Tensor, torch.Tensor]:

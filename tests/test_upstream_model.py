@@ -1,5 +1,6 @@
 """What loratune/model/upstream.py uses of other libraries still exists and behaves as expected."""
 
+import jinja2
 import pytest
 import torch
 import transformers
@@ -32,6 +33,17 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedMode
 def test_attention() -> None:
     assert upstream.attention(LlamaConfig(attn_implementation="who/kernel")) == "who/kernel"
     assert upstream.attention(LlamaConfig()) is None
+
+
+def test_compile_chat_template() -> None:
+    """It knows what chat templates use beyond plain Jinja, and computes no constants."""
+    source = (
+        "{% generation %}{{ strftime_now('')|tojson }}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}"
+    )
+    upstream.compile_chat_template(source + "{{ 'x' * 10 ** 99999999 }}{{ 'x'|center(10 ** 99999999) }}")
+    for wrong in ("{{ 'x'|no_filter }}", "{% no_tag %}", "{{"):
+        with pytest.raises(jinja2.TemplateSyntaxError):
+            upstream.compile_chat_template(wrong)
 
 
 def test_hooks() -> None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loratune import kernels
 from loratune.adapter.options import GREEDY, Sampling
-from loratune.adapter.padding import pad_left, same_logits, writes_padded
+from loratune.adapter.padding import pad_left, same_logits, write, writes_padded
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.batches import padding_refusal
@@ -102,7 +102,10 @@ class SharedPrompts:
         return DynamicCache(config=self._model.get_base_model().config)
 
     def _supported(self, longest: int) -> bool:
-        """Whether the cache consists of the keys and values of all positions, for rows of this length."""
+        """Whether the cache consists of the keys and values of all positions, for rows of this length, and these do not
+        depend on the length."""
+        if any(longest > limit for limit in kernels.length_limits(self._model.config)):
+            return False
         try:
             layers = self._cache().layers
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -260,7 +263,8 @@ def complete(
     """Complete prompts, each with its adapter; all adapters are on the same model.
 
     Prompts of different adapters share a batch if each adapter is plain LoRA of linear layers, and if they have the
-    same end tokens. If padding changes the model's output, prompts are completed one by one.
+    same end tokens. If padding changes the model's output, prompts are completed one by one, and so is a prompt that
+    passes a limit of `kernels.length_limits` as it is completed.
 
     Args:
         requests: Adapters and prompts.
@@ -273,8 +277,12 @@ def complete(
         The new ids of each prompt, including the end token or the tokens of the stop text.
     """
     batches: dict[Any, list[int]] = {}
-    for number, (adapter, _) in enumerate(requests):
-        alone = number if len(requests) > 1 and adapter.prompts.mixes_padding else None
+    limits = kernels.length_limits(requests[0][0].model.config)
+    for number, (adapter, ids) in enumerate(requests):
+        alone = None
+        if len(requests) > 1:
+            is_alone = kernels.crosses(limits, len(ids), max_new_tokens) or adapter.prompts.mixes_padding
+            alone = number if is_alone else None
         key = (adapter.renderer.end_ids, None if adapter.mixes else adapter.key, alone)
         batches.setdefault(key, []).append(number)
     answers: dict[int, list[int]] = {}
@@ -316,8 +324,8 @@ def _complete(
         prompts = [ids for _, ids in requests]
         batch = first.prompts.batch(prompts, max_new_tokens) if shares else first.prompts.plain(prompts)
         start = batch["input_ids"].shape[1]
-        ends = [_Ends(first.tokenizer, sampling.stop, start, stopped)]
-        ids = first.model.generate(**batch, generation_config=settings, streamer=streamer, stopping_criteria=ends)
+        ends = _Ends(first.tokenizer, sampling.stop, start, stopped)
+        ids = write(first.model, batch, settings, ends, streamer)
     rows = ids[:, start:].tolist()
     return (adapter.until_end(row) for (adapter, _), row in zip(requests, rows, strict=True))
 

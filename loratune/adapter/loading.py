@@ -246,9 +246,8 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
     what = f"was trained on another base than {base.name_or_path}, by its shape and a sample of its weights"
     if recorded is None:
         what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
-    elif not fingerprints.is_comparable(recorded):
-        fix = "upgrade loratune"
-        what = "records the fingerprint of its base in a version that this release of loratune does not know"
+    elif reason := fingerprints.incomparable(recorded, fingerprint):
+        what, fix = reason
     problem = Problem(Code.ADAPTER_MISMATCH, what, where, fix=f"{fix}, or use the adapter all the same with --force")
     if not adapter.forced:
         raise AdapterError(problem)

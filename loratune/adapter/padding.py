@@ -1,18 +1,21 @@
-"""Whether a model writes the same for prompts that are padded in a batch as for each of them alone.
+"""Prompts in batches: whether a model writes the same for them as for each alone, and rows that outgrow what is cached.
 
 Generation pads on the left, and keeps a state between tokens. Some families ignore the mask in either, such as in a
 recurrence or in positions, though rows that are padded on the right, as in training, get correct logits. The check runs
 the model; there is no list of model families.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation import BaseStreamer
 
+from loratune import kernels
 from loratune.data.batches import DRAWS, evaluating, pad, random_rows
 from loratune.errors import is_out_of_memory
 from loratune.kernels import WHOLE_MODEL, LayerSample
@@ -32,6 +35,69 @@ def pad_left(model: Any, prompts: Sequence[Sequence[int]], padding: int) -> dict
     """The arguments of `generate` for a batch of prompts. padding: the id of the padding token."""
     batch = pad([{"input_ids": ids} for ids in prompts], padding, "left")
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def write(
+    model: Any, batch: Mapping[str, Any], settings: GenerationConfig, criterion: StoppingCriteria, streamer: Any = None
+) -> Tensor:
+    """As the model's `generate`, but where a row passes a limit of `kernels.length_limits`, the keys and values of its
+    tokens are computed again, as for a row of its length.
+
+    Args:
+        model: A `PeftModel`.
+        batch: Its inputs, see `pad_left`; a row that passes a limit must be alone, see `kernels.crosses`.
+        settings: With `max_new_tokens`.
+        criterion: What ends rows besides the end tokens of the settings.
+        streamer: A streamer of transformers.
+
+    Returns:
+        int64, (rows, tokens): the prompts and what follows them.
+    """
+    ids: Tensor = batch["input_ids"]
+    length, new = int(batch["attention_mask"].sum(-1).max()), int(settings.max_new_tokens)
+    passed = kernels.crosses(kernels.length_limits(model.config), length, new)
+    if not passed:
+        ids = model.generate(**batch, generation_config=settings, stopping_criteria=[criterion], streamer=streamer)
+        return ids
+    stop, part = _Noted(criterion, settings.eos_token_id), copy.copy(settings)
+    written = streamer and _Continued(streamer)
+    for end in [*(limit + 1 for limit in passed), length + new]:
+        part.max_new_tokens = end - ids.shape[1]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = model.generate(**inputs, generation_config=part, stopping_criteria=[stop], streamer=written)
+        if stop.has_ended:
+            break
+    if streamer:
+        streamer.end()
+    return ids
+
+
+class _Noted(StoppingCriteria):
+    """A criterion, and whether it or an end token has ended the row."""
+
+    def __init__(self, criterion: StoppingCriteria, end_ids: Sequence[int]):
+        self._criterion, self._end_ids, self.has_ended = criterion, end_ids, False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **named: Any) -> Tensor:
+        ended: Tensor = self._criterion(input_ids, scores, **named)
+        self.has_ended = bool(ended.all()) or int(input_ids[0, -1]) in self._end_ids
+        return ended
+
+
+class _Continued(BaseStreamer):
+    """Passes on the first prompt and all new tokens of several calls of `generate`, but not their ends."""
+
+    def __init__(self, streamer: Any):
+        self._streamer, self._has_begun = streamer, False
+
+    def put(self, value: Tensor) -> None:
+        """value: the ids of prompts, (rows, tokens), or new ones, (rows,)."""
+        if value.dim() == 1 or not self._has_begun:
+            self._streamer.put(value)
+        self._has_begun = True
+
+    def end(self) -> None:
+        """A call has ended."""
 
 
 def writes_padded(model: Any, padding: int, sample: LayerSample = WHOLE_MODEL) -> bool:

@@ -19,8 +19,10 @@ from loratune.api.adapters import (
     scaled,
     source_of,
 )
+from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
 from loratune.config.arguments import checked
+from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note, noted
 from loratune.system import output_file
 
@@ -193,6 +195,8 @@ class Adapter(Adapters):
                 from loratune.data import splits
 
             metrics, tasks, require = (_listed(names) for names in (metrics, tasks, require))
+            unused = {"--limit": "--tasks"} if limit is not None and not tasks else {}
+            _check_used(unused | ({"--allow-overlap": "--require"} if allow_overlap and not require else {}))
             parsed = known_metrics.parse(metrics)
             known = {"against": against is not None, "forgetting": forgetting is not None, "tasks": bool(tasks)}
             required = requirements.parse(require, [metric.name for metric in parsed], rows=True, **known)
@@ -354,10 +358,11 @@ class Adapter(Adapters):
             ConfigError, AdapterError, ModelError, DataError: The file, an adapter, the base or the rows cannot be used.
         """
         with listening(on_event):
+            _check_used({"--adapter-scale": "--data"} if rows is None and len(scales) else {})
             other = _opened(against)
             subjects = [one for one in (self, other) if one is not None]
-            inputs = [one.path for one in subjects] + ([Path(rows)] if isinstance(rows, str | PathLike) else [])
-            inputs += [Path(self.base)] if rows is not None else []
+            inputs = [path for one in subjects for path in one.inputs()]
+            inputs += [Path(rows)] if isinstance(rows, str | PathLike) else []
             file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs)
             with libraries():
                 from loratune.commands import report
@@ -394,6 +399,13 @@ def _finish(found: Found) -> Found:
     emit(FinishedEvent(found))
     requirements.check_met(found.requirements)
     return found
+
+
+def _check_used(unused: Mapping[str, str]) -> None:
+    """Raises ConfigError: there are options without effect. unused: option → the one that it only works with."""
+    if unused:
+        what = "only works with"
+        raise ConfigError([Problem(Code.USAGE_CONFLICT, f"{what} {one}", key=key) for key, one in unused.items()])
 
 
 def _listed(names: str | Sequence[str]) -> Sequence[str]:

@@ -14,11 +14,11 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.api import Overrides, Rows, StrPath, assignments, computing, libraries
 from loratune.codes import Code
-from loratune.config import DataSection, Source
+from loratune.config import DataSection, Source, files_read
 from loratune.config.arguments import checked
 from loratune.config.sections import WEIGHT
 from loratune.config.yaml_files import number
-from loratune.errors import ConfigError, DataError, Problem
+from loratune.errors import ConfigError, DataError, LoratuneError, Problem
 from loratune.events import Listener, listening, note
 from loratune.system.files import path_problem
 from loratune.system.output_dir import OutputDirectory
@@ -94,6 +94,11 @@ class Adapters:
             for name, path in self.paths.items()
         }
         return {name: scaled(one, self.scale) for name, one in found.items()}
+
+    def inputs(self) -> list[Path]:
+        """What no output may replace: their directories and bases, and the files that the runs have read which made
+        them. Raises AdapterError."""
+        return [Path(path) for _, path in _inputs(self._opened)]
 
     def open(self) -> list[str]:
         """Open and verify them now. Returns the directory or the hub id of each base. Raises AdapterError."""
@@ -223,15 +228,28 @@ class Adapters:
             split = data.read_source(source_of(rows), source.data) if rows is not None else None
             made_of = {"mix": dict(weights), "adapter_scale": self.scale}
             with computing():
-                if weights:
-                    weighted = [(self._opened[name], weight) for name, weight in weights.items()]
-                    source = loading.write_mixture(Path(place), weighted)
-                return export.export(source, directory, options, made_of, split=split)
+                if not weights:
+                    return export.export(source, directory, options, made_of, split=split)
+                weighted = [(self._opened[name], weight) for name, weight in weights.items()]
+                try:
+                    mixture = loading.write_mixture(Path(place), weighted)
+                    return export.export(mixture, directory, options, made_of, split=split)
+                except LoratuneError as error:
+                    mix = f"--mix {','.join(f'{name}:{weight:g}' for name, weight in weights.items())}"
+                    problems = [_of_mixture(problem, place, mix, source.path) for problem in error.problems]
+                    raise type(error)(problems) from None
 
 
 def _check_new_tokens(most: int) -> None:
     if most < 1:
         raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{most} is less than 1", key="max_new_tokens"))
+
+
+def _of_mixture(problem: Problem, place: str, named: str, first: Path) -> Problem:
+    """A problem of the sum of adapters, which is in the directory `place`, in terms of what the user has named."""
+    where = named if problem.where.startswith(place) else problem.where
+    what, fix = problem.what.replace(place, named), problem.fix.replace(place, str(first))
+    return replace(problem, where=where, what=what, fix=fix)
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -247,15 +265,22 @@ def parse_scales(text: str) -> tuple[float, ...]:
         raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
     if is_range:
         first, last, step = found
-        found = [round(first + step * count, 9) for count in range(int((last - first) / step + 1e-9) + 1)]
+        if (count := (last - first) / step + 1e-9) < _MOST_SCALES:
+            found = [round(first + step * number, 9) for number in range(int(count) + 1)]
+        else:
+            raise _number_of_scales(f"{count + 1:,.0f}")
     return checked_scales(found)
+
+
+def _number_of_scales(number: str) -> ConfigError:
+    what = f"{number} scales are not from 1 to {_MOST_SCALES}"
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
 
 
 def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """Scales without duplicates. Raises ConfigError: one is not a number from 0 to 2; there are none, or too many."""
     if not 0 < len(scales) <= _MOST_SCALES:
-        what = f"{len(scales)} scales are not from 1 to {_MOST_SCALES}"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
+        raise _number_of_scales(f"{len(scales)}")
     return tuple(dict.fromkeys(map(checked_scale, scales)))
 
 
@@ -330,14 +355,20 @@ def output_directory(
 ) -> OutputDirectory:
     """The output directory, checked to be writable. files: option → input file. Raises as
     `OutputDirectory.check`."""
+    inputs = [(option, fspath(path)) for option, path in files.items() if path is not None]
+    inputs += [("--data", fspath(rows))] if isinstance(rows, str | PathLike) else []
+    return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs, *_inputs(adapters)]).check()
+
+
+def _inputs(adapters: Mapping[str, AdapterDirectory]) -> Iterator[tuple[str, str]]:
+    """The name for the user, and the path, of all that adapters consist of and were made of."""
     from loratune.model.source import local_or_hub
 
-    inputs = {option: fspath(path) for option, path in files.items() if path is not None}
-    inputs |= {"--data": fspath(rows)} if isinstance(rows, str | PathLike) else {}
     for name, one in adapters.items():
-        inputs[f"--adapter {name}".strip()] = str(one.path)
-        inputs[f"the base of {name}" if name else "the base"] = local_or_hub(one.base.name_or_path)
-    return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs.items()]).check()
+        yield f"--adapter {name}".strip(), str(one.path)
+        yield f"the base of {name}" if name else "the base", local_or_hub(one.base.name_or_path)
+        for key, path in files_read(one.run) if one.run is not None else ():
+            yield f"{key} of the run that made it", path
 
 
 def check_metrics(metrics: "Sequence[Metric]", split: "DatasetSplit") -> None:

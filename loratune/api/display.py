@@ -252,7 +252,7 @@ def scales(found: "ScaleComparison") -> Iterator[str]:
     yield f"{text.rows(first)}, 95 % intervals in brackets"
     names = [*first.scores[metrics.ADAPTER].metrics]
     header = ["scale", *map(text.name, names), *(["forgetting"] if first.forgetting is not None else [])]
-    header += ["KL to the base's answers"] if first.behavior is not None else []
+    header += ["median KL on the base's answers"] if first.behavior is not None else []
 
     def cells(score: "Score") -> Iterator[str]:
         return (text.with_interval(name, score.metrics.get(name), score.intervals.get(name)) for name in names)
@@ -263,8 +263,10 @@ def scales(found: "ScaleComparison") -> Iterator[str]:
         rows.append([f"{scale:g}", *cells(one.scores[metrics.ADAPTER])])
         if (lost := one.forgetting) is not None:
             rows[-1].append(text.with_interval(metrics.FORGETTING, lost.value, lost.interval, signed=True))
-        if one.behavior is not None:
-            rows[-1].append(f"{one.behavior.divergence:.3f}" if not one.behavior.unknown else "-")
+        if (changed := one.behavior) is not None:
+            middle = changed.median_interval
+            ends = f" [{middle.low:.3f}, {middle.high:.3f}]" if middle else ""
+            rows[-1].append("-" if changed.unknown else f"{changed.median:.3f}{ends}")
     yield from table(header, rows)
 
 

@@ -78,8 +78,10 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
         overrides: As for `load_config`.
 
     Raises:
-        ConfigError: The key is unknown, or the config is not valid.
+        ConfigError: The key is unknown, or the config is not valid; overrides are given without one.
     """
+    if path is None and overrides:
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a config", key="overrides"))
     from loratune.commands.explain import explain as explain_keys
 
     found = explain_keys(key, None if path is None else Path(path), assignments(overrides))
@@ -335,6 +337,7 @@ def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False
     with libraries():
         from loratune.commands import report
 
+    file = file.reading(*report.study_inputs(Path(directory)))
     text = report.study_report(Path(directory))
     with file.opened() as writable:
         writable.write(text)
@@ -358,6 +361,8 @@ def _run_directory(
         fix = "leave it out, or start one process" + (f": loratune train {shell_word(str(file))}" if file else "")
         raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, str(file or ""), "model.device_map", fix))
     note_portability(config)
+    for key, why in config.without_effect().items():
+        note(f"{key} has no effect, {why}")
     return run_dir.check(
         config.output_dir, resume=resume is not False, overwrite=overwrite,
         inputs=configs.input_paths(file, config), dry_run=dry_run,

@@ -60,8 +60,7 @@ def chat(
         named = loratune.Adapters(adapters, scale=scale, force=force, overrides=assignments)
         talk = named.chat(system=system, max_new_tokens=max_new_tokens, temperature=temperature)
         log(*talk.notes())
-        inputs = (*named.paths.values(), *map(Path, named.open()))
-        _Session(talk, inputs, terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
+        _Session(talk, tuple(named.inputs()), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
 
 
 class _Session:

@@ -140,7 +140,7 @@ def evaluate(
             return
         other = loratune.Adapter(against, force=force) if against is not None else None
         if file is not None:
-            file = file.reading(Path(opened.base))
+            file = file.reading(*opened.inputs(), *(other.inputs() if other is not None else ()))
         opened.evaluate(
             data, against=other, metrics=metrics or [], forgetting=forgetting, tasks=names, limit=limit,
             require=required, allow_overlap=allow_overlap, whole_answers=file is not None,

@@ -95,9 +95,9 @@ def generate(
         named = loratune.Adapters(adapters, use=use, mix=mix, scale=scale, force=force, overrides=assignments)
         inputs = (*named.paths.values(), *([source] if source and str(source) != STDOUT else []))
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        rows = _rows(prompts, source)
         if file is not None:
-            file = file.reading(*map(Path, named.open()))
+            file = file.reading(*named.inputs())
+        rows = _rows(prompts, source)
         on_terminal = sys.stdout.isatty() and output is None
         streams = on_terminal and not (base or stop or source) and len(prompts or [""]) == 1
         answers = named.answers(

@@ -50,6 +50,8 @@ def train(
     """Train an adapter from CONFIG, and write it to its output_dir."""
     with boundary(debug, _join, memory_fix=_MEMORY_FIX) as group:
         _check_options(resume=resume, overwrite=overwrite, changes=changes)
+        if not dry_run and (problems := needs({"rows": rows > 1}, "--dry-run")):
+            raise ConfigError(problems)
 
         import loratune
 

@@ -82,8 +82,8 @@ class Explanation:
         for path, default in known.items():
             value = written.get(path, default)
             is_read = path[0] != "preferences" or objective in PREFERENCE_KEYS[str(path[1])]
-            is_used = path in used and is_read
-            is_decided, remark = is_used and key.is_decided_by_run(value), ""
+            is_used, unread = path in used and is_read, run.without_effect().get(dotted(path), "")
+            is_decided, remark = is_used and key.is_decided_by_run(value), f"not used, {unread}" if unread else ""
             if is_decided:
                 has_beta = key.label == "preferences.beta" and objective in DEFAULT_BETA
                 remark = f"{DEFAULT_BETA[objective]:g} with {objective}" if has_beta else "the run decides"
@@ -91,7 +91,7 @@ class Explanation:
                 remark = "not used, as another key sets the length of the run"
                 remark = remark if is_read else f"not read by {objective}"
             source = document.where(path) if path in given else "the default"
-            settings.append(Setting(dotted(path), value, source, is_decided, is_used, remark))
+            settings.append(Setting(dotted(path), value, source, is_decided, is_used and not unread, remark))
         return settings
 
     def blocks(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:

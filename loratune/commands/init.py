@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from loratune.data.measured_rows import OBJECTIVES, MeasuredRows, fit_length, me
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.events import note
-from loratune.lora import creation
+from loratune.lora import adapter_files, creation, initialize
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.memory import Estimate
@@ -26,7 +27,7 @@ from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import unit_parameters
-from loratune.training.retention import mean_tokens, typical_texts
+from loratune.training.retention import step_tokens, typical_texts
 
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
 """Keys that are written as `auto`, with a comment on the resulting value."""
@@ -109,8 +110,12 @@ def init(run: RunConfig, draft: Draft) -> Started:
     renderer = Renderer(tokenizer, vocabulary, run.data.chat_template_kwargs)
     rows, remarks = measure(run.data, renderer, vocabulary)
     held_out = _choose_data(draft, run, rows, context)
-    draft.choose("lora.r", run.lora.r, "rank of the update")
-    draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
+    if run.lora.start_from is None:
+        draft.choose("lora.r", run.lora.r, "rank of the update")
+        draft.choose("lora.target_modules", run.lora.target_modules, "the default; all-linear adapts the MLP as well")
+    else:
+        draft.choose("lora.r", AUTO, "that of the adapter it starts from")
+        draft.choose("lora.target_modules", AUTO, "those of the adapter it starts from")
     run = config.from_draft(draft)
     rows, cut = fit_length(rows, run.data, renderer, vocabulary)
     trained, facts = _facts(run, rows, held_out, model_config)
@@ -252,11 +257,12 @@ def estimate_rows(
         layout = layout.sharing(rows.saved)
         largest, _ = tree_sizes(layout.rows(layout.heaviest()))
     elif packing == "full":
-        largest = [(length, length - 1)] * batch * each
+        largest = [(length, length - 1)] * min(batch, len(rows.train)) * each
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
-    largest = [*largest, *(typical_texts(run, round(mean_tokens(layout))) if with_texts else ())]
+    of_step = step_tokens(tokens, layout, layout.size * run.training.gradient_accumulation_steps, layout.saved or 0.0)
+    largest = [*largest, *(typical_texts(run, of_step) if with_texts else ())]
     return memory.estimate(
         model, largest, len(largest), run.training, packed=layout.flat, planned=memory.Planned(weights, device),
         batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),
@@ -283,6 +289,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
     trained = max(1, len(rows.train) - held_out)
     share, (lengths, supervised) = trained / len(rows.train), rows.cut(run.data.max_length)
     trained = round(trained * rows.items_per_row)
+    start = run.lora.start_from
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length) if run.data.packing == "full" else trained
     return trained, auto.Facts(
         hidden_size=load.hidden_size(model_config),
@@ -291,7 +298,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
         supervised=round(share * int(supervised.sum())),
         processes=1,
         unit_parameters=partial(unit_parameters, run.model, model_config),
-        start={},
+        start=initialize.start_settings(adapter_files.inspect(Path(start).expanduser())) if start else {},
         rows_in_pack=trained / packs,
     )
 

@@ -120,7 +120,10 @@ def params(run: RunConfig) -> Params:
     remarks = served.remarks(served.servers(model_config, type(base).__name__, parameters.layers_of(model)))
     adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
-    rows = [*[(length, length - 1)] * batch, *typical_texts(run, batch * length)]
+    rows = [
+        *[(length, length - 1)] * batch,
+        *typical_texts(run, batch * length * run.training.gradient_accumulation_steps),
+    ]
     planned = memory.Planned(quantization.held_as(run.model, model_config), load.device())
     layers: dict[int, int] = {}
     for path, layer in parameters.layers_of(model).items():

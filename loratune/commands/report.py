@@ -1,15 +1,16 @@
 """`loratune report`: writes an HTML page about an adapter, its run and its evaluation, or about a sweep."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from loratune import config
-from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.commands.evaluate import ScaleComparison
 from loratune.compare import preferences
 from loratune.compare.comparison import Comparison
 from loratune.config import keys
-from loratune.errors import AdapterError
+from loratune.errors import AdapterError, ConfigError
 from loratune.lora.stats import AdapterStats, Update, adapter_stats, span
 from loratune.report import facts, page
 from loratune.report.page import Subject
@@ -45,10 +46,24 @@ def report(
 def study_report(directory: Path) -> str:
     """The page of a sweep. Raises ConfigError: the directory does not hold a study."""
     results = StudyResults.read(directory, "--study")
-    paths = [results.published, *(trial.adapter for trial in results.trials)]
-    kept = [path for path in paths if path is not None and is_directory(Path(path))]  # a study may have moved
-    commands = [f"loratune report --adapter {shell_word(path)}" for path in kept]
+    commands = [f"loratune report --adapter {shell_word(path)}" for path in _kept(results)]
     return page.render_study(results, commands or ["no adapter is kept"])
+
+
+def study_inputs(directory: Path) -> list[Path]:
+    """The adapters of a sweep, and the files that its trials have read. Raises ConfigError: as `study_report`."""
+    found = list[Path]()
+    for adapter in map(Path, _kept(StudyResults.read(directory, "--study"))):
+        found.append(adapter)
+        with suppress(ConfigError):  # such as of a later release
+            found += (Path(path) for _, path in config.files_read(config.load(adapter / RUN_FILE)))
+    return found
+
+
+def _kept(results: StudyResults) -> list[str]:
+    """The directories of adapters that there still are; a study may have moved."""
+    paths = [results.published, *(trial.adapter for trial in results.trials)]
+    return [path for path in paths if path is not None and is_directory(Path(path))]
 
 
 def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subject:

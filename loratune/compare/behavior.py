@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import data, kernels
+from loratune.adapter import padding
 from loratune.adapter.padding import NO_STOP, pad_left
 from loratune.codes import Code
 from loratune.compare.engine import Engine, ScoringLayout
@@ -28,7 +29,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import Advance, counting, progress
 from loratune.model.load import context_length
-from loratune.statistics import Interval, finite, mean_ratio_interval, positive_ratio_interval
+from loratune.statistics import Interval, finite, mean_ratio_interval, median_interval, positive_ratio_interval
 from loratune.system import accelerator
 from loratune.text import plural
 
@@ -64,10 +65,12 @@ class Behavior:
     Attributes:
         texts: The number of answers of the base that were compared; 0 if none were.
         tokens: Their tokens.
-        divergence: KL(base ‖ adapter), in nats per token.
+        divergence: KL(base ‖ adapter), in nats per token: the mean over all tokens, to which one text can add most.
         divergence_interval: Its 95 % interval over texts; None for too few.
         agreement: The share of tokens for which both would choose the same.
         agreement_interval: Its 95 % interval over texts; None for too few.
+        median: The median over texts of the divergence, in nats per token of each text.
+        median_interval: Its 95 % interval; None for too few texts.
         samples: Some of the instructions with both answers.
         unknown: Why nothing was compared, or empty.
     """
@@ -78,6 +81,8 @@ class Behavior:
     divergence_interval: Interval | None = None
     agreement: float = 1.0
     agreement_interval: Interval | None = None
+    median: float = 0.0
+    median_interval: Interval | None = None
     samples: tuple[Sample, ...] = ()
     unknown: str = ""
 
@@ -90,22 +95,24 @@ class Behavior:
         samples: Sequence[Sample] = (),
     ) -> "Behavior":
         """Create it from what `compare_tokens` returns."""
-        total, same = float(tokens.sum()), mean_ratio_interval(equal, tokens)
+        total, same, each = float(tokens.sum()), mean_ratio_interval(equal, tokens), divergences.clip(min=0) / tokens
         return cls(
             len(tokens), int(total),
             float(divergences.sum()) / total, positive_ratio_interval(divergences.clip(min=0), tokens),
-            float(equal.sum()) / total, same and Interval(max(same.low, 0.0), min(same.high, 1.0)), tuple(samples),
+            float(equal.sum()) / total, same and Interval(max(same.low, 0.0), min(same.high, 1.0)),
+            float(np.median(each)), median_interval(each), tuple(samples),
         )  # fmt: skip
 
     def __str__(self) -> str:
-        """A line with both numbers. The interval of the divergence is in the record only, as a single text can make its
-        upper end very large."""
+        """A line with the median and the agreement. The mean is in the record only: a single text can make it, and the
+        upper end of its interval, very large."""
         if self.unknown:
             return f"not measured: {self.unknown}"
-        same = self.agreement_interval
+        same, middle = self.agreement_interval, self.median_interval
         return (
-            f"KL {self.divergence:.3f} nats per token on its answers to {plural(self.texts, 'instruction')}; the same "
-            f"next token for {self.agreement:.0%}"
+            f"median KL {self.median:.3f} nats per token"
+            f"{f' (95 % interval {middle.low:.3f} to {middle.high:.3f})' if middle else ''}"
+            f" on its answers to {plural(self.texts, 'instruction')}; the same next token for {self.agreement:.0%}"
             f"{f' (95 % interval {same.low:.0%} to {same.high:.0%})' if same else ''}"
         )
 
@@ -124,8 +131,9 @@ class Behavior:
         if self.unknown:
             return {"not_measured": self.unknown}
         intervals = {"divergence_interval": self.divergence_interval, "agreement_interval": self.agreement_interval}
+        intervals["median_divergence_interval"] = self.median_interval
         values: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
-        values |= finite({"divergence": self.divergence, "agreement": self.agreement})
+        values |= finite({"divergence": self.divergence, "agreement": self.agreement, "median_divergence": self.median})
         values |= {name: finite(interval and interval.as_json()) for name, interval in intervals.items()}
         return values | {"samples": [vars(sample) for sample in self.samples]}
 
@@ -281,8 +289,10 @@ def write(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=engine.pad_id, **draw
     )
-    each, was_training = _WRITTEN_AT_ONCE if engine.writes_padded else 1, model.training
-    writing = counting("writing, in tokens of each text", passes(engine, len(given), max_new_tokens))
+    limits, was_training = kernels.length_limits(model.config), model.training
+    one_by_one = any(kernels.crosses(limits, len(ids), max_new_tokens) for ids in given)
+    each = _WRITTEN_AT_ONCE if engine.writes_padded and not one_by_one else 1
+    writing = counting("writing, in tokens of each text", -(-len(given) // each) * max_new_tokens)
     model.eval()
     try:
         with writing as advance, accelerator.same_random_numbers(model.device), torch.no_grad():
@@ -291,7 +301,7 @@ def write(
             for start in range(0, len(given), each):
                 inputs = pad_left(model, given[start : start + each], engine.pad_id)
                 with _as_unsupported(), kernels.dense_states(model):
-                    ids = model.generate(**inputs, generation_config=settings, stopping_criteria=[_Counted(advance)])
+                    ids = padding.write(model, inputs, settings, _Counted(advance))
                     written = ids[:, inputs["input_ids"].shape[1] :]
                 for ids in written.tolist():
                     end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))

@@ -62,18 +62,20 @@ class ScoringLayout:
         saved: The approximate fraction of tokens saved by shared prefixes; None if prefixes are not shared.
         pad_id: The id of the padding token.
         tokens: The maximum tokens of a batch, including padding; a longer row is a batch by itself.
+        limits: Rows on both sides of one share no prefix, see `kernels.length_limits`.
     """
 
     flat: bool
     saved: float | None
     pad_id: int
     tokens: int
+    limits: Sequence[int] = ()
 
     def layout(self, items: Items, lengths: NDArray[np.integer[Any]], rows_per_example: int = 0) -> BatchLayout:
         """A layout with one item per batch. lengths: (rows,). rows_per_example: see `BatchLayout`."""
         packing: Packing = "batch" if self.flat else "none"
         layout = BatchLayout(items, lengths, packing, 1, int(lengths.max()), self.pad_id, rows_per_example)
-        return layout.sharing(self.saved) if self.saved is not None else layout
+        return layout.sharing(self.saved, self.limits) if self.saved is not None else layout
 
     def plan(self, layout: BatchLayout, copies: Copies) -> "ScoringPass":
         """A pass over some items of a layout. copies: see `ScoringPass`."""
@@ -369,7 +371,8 @@ class Engine:
         layout = scoring.layout(items, dataset.rows.lengths, rows_per_example)
         saved = _saving(layout, [*copies]) if self.flat and self._trees is not False else 0.0
         if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
-            scoring, layout = replace(scoring, saved=saved), layout.sharing(saved)
+            scoring = replace(scoring, saved=saved, limits=kernels.length_limits(self._model.config))
+            layout = layout.sharing(saved, scoring.limits)
         owners = dataset.rows.owners
         return replace(scoring.plan(layout, copies), owners=None if owners is None else owners[[*copies]])
 

@@ -37,6 +37,7 @@ from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import MEAN, OPTION, TaskMetric, TaskResults, compare_metric, is_path
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
 from loratune.events import counting
+from loratune.kernels import crosses, length_limits
 from loratune.model.load import context_length
 from loratune.system.accelerator import kept_random_states
 from loratune.system.environment import kept_environment
@@ -148,7 +149,10 @@ class _ModelOfHarness:
 
     @torch.inference_mode()
     def generate(self, **keywords: Any) -> torch.Tensor:
-        """As the model's `generate`."""
+        """As the model's `generate`, without a cache where a row passes a limit of `length_limits`."""
+        length = keywords["input_ids"].shape[1]
+        if crosses(length_limits(self.config), length, keywords["max_length"] - length):
+            keywords["use_cache"] = False
         with self._loaded.computing():
             ids: torch.Tensor = self._loaded.model.generate(**keywords)
         return ids
@@ -206,6 +210,8 @@ class _HarnessedModel(HFLM):
         with redirect_stderr(self._stderr), counting(f"{self._name}: {_KINDS[kind]}", len(order)) as advance:
             while start < len(order):
                 self.batch_size_per_gpu = max(1, min(_BATCH, _BATCH_TOKENS // lengths[order[start]]))
+                if any(lengths[order[start]] > limit for limit in length_limits(self.model.config)):
+                    self.batch_size_per_gpu = 1  # the harness pads without a mask
                 numbers = order[start : start + _BATCHES * self.batch_size_per_gpu]
                 with redirect_stderr(printed):  # one of the harness's progress bars cannot be disabled
                     found = compute([requests[number] for number in numbers], disable_tqdm=True)

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,18 @@ def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, st
         if key != OUTPUT:
             found.append((key.removesuffix(".path"), path))
     return tuple((name, path) for name, path in found if os.path.lexists(path))
+
+
+def files_read(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """As `input_paths`, of a run whose adapter a command reads: with the files of a directory or glob of rows, beside
+    which outputs may be written."""
+    for key, named in paths(run):
+        path = os.path.expanduser(named)
+        found = glob.iglob(path, recursive=True) if glob.has_magic(path) and not os.path.lexists(path) else [path]
+        if key.startswith(("data.", "retention.")) and os.path.isdir(path) and os.access(path, os.R_OK):
+            found = (entry.path for entry in os.scandir(path) if entry.is_file())
+        if key != OUTPUT:
+            yield from ((key.removesuffix(".path"), one) for one in found if os.path.lexists(one))
 
 
 # Errors of pydantic

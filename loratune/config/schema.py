@@ -141,7 +141,7 @@ class TrainingSection(Section):
         1800, gt=0, le=10**7, description="seconds that processes wait for each other before the run ends"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    adapter_scale: Annotated[float, Field(ge=0, le=2)] | Auto = Field(
+    adapter_scale: Annotated[float, Field(ge=0.01, le=2)] | Auto = Field(
         1.0,
         description="number that the trained update is multiplied by; auto: lowered in tenths, to 0.3 at least, "
         "as long as at most 1 % of the gain on validation rows is lost, by a 95 % interval",
@@ -197,7 +197,7 @@ class RetentionSection(Section):
     kl_weight: Annotated[float, Field(ge=0, le=1e3)] | Auto = Field(
         AUTO, description="weight of the divergence from the model before training; 0: none; auto: 1 for sft, else 0"
     )
-    num_samples: Count | Auto = Field(
+    num_samples: Annotated[int, Field(gt=0, le=10_000)] | Auto = Field(
         AUTO, description="texts that the model writes before the first step; auto: at most 48, fewer for short runs"
     )
     max_new_tokens: Count = Field(48, description="tokens of each text")
@@ -285,6 +285,15 @@ class RunConfig(Section):
             message = f"the scale multiplies the trained B·A, and not the part that {init} takes out of the base"
             fix += "; the published adapter is plain LoRA, which --adapter-scale scales"
             yield InvalidSettingError(message, key, "lora.init_lora_weights", fix=fix)
+
+    def without_effect(self) -> dict[str, str]:
+        """Key that is set, and that the run does not read → the reason, as the end of a sentence."""
+        objective, weight = self.training.objective, self.retention.kl_weight
+        if weight != 0 and (weight != AUTO or objective == "sft"):
+            return {}
+        why = "as retention.kl_weight is 0" + (f", which auto is for {objective}" if weight == AUTO else "")
+        unread = self.retention.model_dump(exclude_defaults=True, exclude={"kl_weight"})
+        return {f"retention.{key}": why for key in unread}
 
     @property
     def keeps_best(self) -> bool:

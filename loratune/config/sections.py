@@ -181,7 +181,7 @@ class DataSection(Section):
     replay: float | None = Field(
         None,
         gt=0,
-        lt=1,
+        le=0.99,
         description="fraction of the training rows that is drawn from the training rows of the lora.start_from adapter",
     )
 
@@ -218,6 +218,8 @@ class DataSection(Section):
         if self.loss_on == "all" and self.prompt_loss_weight:
             message = "loss_on all gives each token the weight 1"
             yield InvalidSettingError(message, "prompt_loss_weight", "loss_on", fix="choose one of the two")
+        if self.format == "text" and self.prompt_loss_weight:
+            yield InvalidSettingError("text rows have no prompt", "prompt_loss_weight", "format")
         if self.format in ("text", "input_ids") and self.loss_on == "assistant":
             yield InvalidSettingError(f"{self.format} rows have no assistant turns", "format", "loss_on")
 
@@ -233,6 +235,8 @@ class DataSection(Section):
         if self.stride and self.truncation not in (AUTO, "split"):
             message, fix = f"truncation {self.truncation} makes no blocks", "set it to split, or leave stride out"
             yield InvalidSettingError(message, "stride", "truncation", fix=fix)
+        if self.stride and self.truncation == AUTO and self.format not in (AUTO, "text"):
+            yield InvalidSettingError(f"{self.format} rows are not split", "stride", "format", fix="leave stride out")
         if self.stride and self.prompt_loss_weight:
             message = "tokens that a block repeats would count again"
             yield InvalidSettingError(message, "stride", "prompt_loss_weight", fix="choose one of the two")
@@ -274,9 +278,9 @@ class LoraSection(Section):
     lora_alpha: Count | Auto = Field(16, description="the update is scaled by lora_alpha / r; auto: 16")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
-        AUTO,
+        ["q", "k", "v", "o"],
         description="roles (q, k, v, o), exact names, a regular expression, or all-linear, which leaves out stacked "
-        "experts and routers; auto: all-linear",
+        "experts and routers; auto: those of the lora.start_from adapter, otherwise all-linear",
     )
     target_parameters: list[str] | str | None = Field(
         None,

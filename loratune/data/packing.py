@@ -38,14 +38,20 @@ class PrefixTree:
     places: list[Numbers]
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> "PrefixTree":
-        """The tree of some rows of at least one token each. It does not depend on the order of the rows."""
-        order = sorted(range(len(rows)), key=lambda number: list(rows[number]))
+    def of(cls, rows: Sequence[Sequence[int]], limits: Sequence[int] = ()) -> "PrefixTree":
+        """The tree of some rows of at least one token each. It does not depend on the order of the rows.
+
+        limits: see `kernels.length_limits`; rows on both sides of one share no prefix, as it is computed otherwise.
+        """
+        sides = np.searchsorted(limits, [*map(len, rows)])
+        order = sorted(range(len(rows)), key=lambda number: (sides[number], list(rows[number])))
         places: list[Numbers] = [np.empty(0, np.int64)] * len(rows)
         ids, positions = [], []
         previous, path, branches, total = np.empty(0, np.int64), np.empty(0, np.int64), [0], 0
-        for number in order:
+        for before, number in zip([order[0], *order], order, strict=False):
             row = np.asarray(rows[number], np.int64)
+            if sides[number] != sides[before]:
+                previous = np.empty(0, np.int64)
             depth = _branch(row, previous, branches)
             path = np.concatenate([path[:depth], np.arange(total, total + len(row) - depth)])
             ids.append(row[depth:])
@@ -124,6 +130,7 @@ def best_fit(lengths: Numbers, budget: int) -> Packs:
     rows = len(lengths)
     if rows and not 1 <= int(lengths.min()) <= int(lengths.max()) <= budget:
         raise ValueError(f"lengths from {lengths.min()} to {lengths.max()} do not fit 1 to {budget}")
+    budget = min(budget, int(lengths.sum()))  # arrays have its size
     counts = np.bincount(lengths, minlength=budget + 1)
     pack_numbers, packs = _place(counts, budget)
     pack_of = np.empty(rows, pack_numbers.dtype)
@@ -290,16 +297,17 @@ class BatchLayout:
         """Returns the number of tokens of item `number`, as counted for batches."""
         return int(self._tokens[number])
 
-    def sharing(self, saved: float) -> "BatchLayout":
+    def sharing(self, saved: float, limits: Sequence[int] = ()) -> "BatchLayout":
         """The same batches with shared prefixes, see `share_prefixes`. saved: the result of `saving`."""
         layout = copy.copy(self)
-        layout.put, layout.saved = share_prefixes, saved
+        layout.put, layout.saved = partial(share_prefixes, limits=limits), saved
         return layout
 
-    def saving(self) -> float:
-        """The share of tokens that shared prefixes save, estimated from a sample of batches."""
-        order = np.random.default_rng(0).permutation(len(self.items))
-        batches = [order[start : start + self.size] for start in range(0, len(order), self.size)][:_SAMPLED_BATCHES]
+    def saving(self, size: int | None = None) -> float:
+        """The share of tokens that shared prefixes save, estimated from a sample of batches. size: items of a batch, by
+        default that of the layout."""
+        order, size = np.random.default_rng(0).permutation(len(self.items)), size or self.size
+        batches = [order[start : start + size] for start in range(0, len(order), size)][:_SAMPLED_BATCHES]
         if not self.flat or not batches:
             return 0.0
         trees = [PrefixTree.of([row["input_ids"] for row in self.rows(numbers)]) for numbers in batches]
@@ -355,7 +363,7 @@ class BatchLayout:
         return np.asarray(batches.sum(1) if self.flat else batches.max(1) * self.size)
 
 
-def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def share_prefixes(rows: Sequence[dict[str, Any]], limits: Sequence[int] = ()) -> dict[str, torch.Tensor]:
     """Collate rows into a prefix tree.
 
     The model must have all attention layers replaced by loratune's, which derive from positions what each token attends
@@ -363,12 +371,13 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Args:
         rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
+        limits: See `PrefixTree.of`.
 
     Returns:
         int64 tensors: `input_ids` and `position_ids` of the tree, (1, tokens of the tree); `labels` of the rows, as in
         `flatten`, and `places`, the indices of their tokens in the tree, both (1, tokens of all rows).
     """
-    tree = PrefixTree.of([row["input_ids"] for row in rows])
+    tree = PrefixTree.of([row["input_ids"] for row in rows], limits)
     return {
         "input_ids": torch.from_numpy(tree.ids)[None],
         "labels": flatten(rows)["labels"],

@@ -24,6 +24,7 @@ from loratune.data.holding_out import hold_out, mix_counts, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
 from loratune.data.row_index import CONTENT_HASH, EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows
 from loratune.data.sources import GivenRows, left_out
+from loratune.data.sources.files import FileSlice
 from loratune.data.sources.rows import Row, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance
@@ -232,6 +233,7 @@ def _read_split(
 ) -> DatasetSplit:
     index = index_rows(sources, section, group_by)
     notes = [*filter(None, (left_out(source, section.sample_by) for source in sources))]
+    notes += filter(None, (one.source.header_remark() for one in index.files if isinstance(one.source, FileSlice)))
     mask = np.ones(len(index), dtype=np.bool_)
     if index.empty:
         notes.append(f"{plural(len(index.empty), 'file')} without rows: {listed(index.empty)}")

@@ -3,7 +3,7 @@
 tests/test_upstream_data.py has one test for each name, which fails if a release removes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,20 @@ def dataset_fingerprint(dataset: Any) -> str:
     return str(dataset._fingerprint)
 
 
+def is_media(feature: Any) -> bool:
+    """Whether values of a dataset's feature are or contain images, audio, video or files that `datasets` decodes.
+
+    Features with the attribute `decode` are decoded when a row is read; only `Json` of them is decoded to plain values.
+    That lists have `feature`, and that objects are mappings, is documented; that all others have `decode` is not.
+    """
+    if isinstance(feature, Mapping):
+        return any(map(is_media, feature.values()))
+    if isinstance(feature, list):
+        return any(map(is_media, feature))
+    is_decoded = getattr(feature, "decode", False) is True and type(feature).__name__ != "Json"
+    return is_decoded or (hasattr(feature, "feature") and is_media(feature.feature))
+
+
 def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:
     """Returns (start, stop) of each slice of `split`; `train` is the only split, and has `rows` rows.
 
@@ -65,15 +79,12 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     return dict(tokenizer.init_kwargs)
 
 
-def chat_template_environment(source: str) -> jinja2.Environment:
-    """Returns the Jinja environment of `apply_chat_template`, with its sandbox, filters and extensions.
+def chat_template_environment() -> jinja2.Environment:
+    """Returns the Jinja environment of `apply_chat_template`, with its filters, functions and extensions.
 
-    A template with marked loops must be rendered in the same environment, which transformers does not expose.
-
-    Raises:
-        jinja2.TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source cannot be compiled.
+    A template must be rendered with the same, which transformers does not expose.
     """
-    environment: jinja2.Environment = _compile_jinja_template(source).environment
+    environment: jinja2.Environment = _compile_jinja_template("").environment
     return environment
 
 

@@ -37,6 +37,9 @@ from loratune.kernels.predictions import divergence as divergence
 from loratune.kernels.predictions import logits_at as logits_at
 from loratune.kernels.predictions import most_probable as most_probable
 from loratune.kernels.predictions import next_token_logits as next_token_logits
+from loratune.kernels.row_angles import crosses as crosses
+from loratune.kernels.row_angles import length_limits as length_limits
+from loratune.kernels.row_angles import use_row_angles as use_row_angles
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows
 from loratune.kernels.transfer import on_host as on_host
 from loratune.kernels.transfer import send as send

@@ -21,7 +21,8 @@ from loratune.errors import is_out_of_memory
 from loratune.kernels.compiled.fused_ops import variant
 from loratune.kernels.compiled.self_test import failed, kept_here
 from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample
-from loratune.kernels.upstream import attn_implementation, has_hooks, is_fake
+from loratune.kernels.row_angles import has_other_hooks
+from loratune.kernels.upstream import attn_implementation, is_fake
 from loratune.system.accelerator import same_random_numbers
 from loratune.system.kept_results import NOTHING_KEPT, KeptResults, source_digest
 
@@ -160,7 +161,7 @@ class ParityCheck:
 def kept_checks(model: Any, fingerprint: str) -> KeptResults:
     """What checks of this model found on this machine before. fingerprint: that of its base; empty: nothing is kept."""
     base = model.get_base_model()
-    if not fingerprint or any(has_hooks(module) or "forward" in vars(module) for module in base.modules()):
+    if not fingerprint or any(has_other_hooks(module) or "forward" in vars(module) for module in base.modules()):
         return NOTHING_KEPT
     tensors = [(name, str(one.dtype), [*one.shape], one.requires_grad) for name, one in model.named_parameters()]
     settings = [base.config.to_json_string(use_diff=False), attn_implementation(base)]

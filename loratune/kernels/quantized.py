@@ -127,6 +127,28 @@ def _fill_from_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> 
     fused_ops(y).dequantize_4bit(*blocks, scales, code)
 
 
+def scales(layer: nn.Module, weight: Tensor) -> tuple[str, Tensor, bool]:
+    """What a quantized weight is computed with beside its numbers, on any device.
+
+    Args:
+        layer: The layer of bitsandbytes that has the weight.
+        weight: The weight, in 8 or 4 bit.
+
+    Returns:
+        The format of the weight as text; its scales, one for each row or block, float32; and whether they are the
+        largest magnitudes, which are the same on every device, and not packed themselves.
+    """
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        return f"{state.quant_type} {state.blocksize} {tuple(state.shape)}", _scales_of_4bit(state), not state.nested
+    owner: Any = weight if getattr(weight, "SCB", None) is not None else vars(layer)["state"]
+    return (
+        f"int8 {tuple(weight.shape)}",
+        owner.SCB.float(),
+        True,
+    )  # the first forward pass moves them from the weight to the layer's state
+
+
 def _scales_of_4bit(state: Any) -> Tensor:
     """The largest magnitude of each block, (blocks,), float32. state: see `_of_4bit`."""
     if not state.nested:

@@ -58,10 +58,18 @@ def storage_id(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether forward or backward hooks are registered with a module. torch documents only how they are registered."""
+def has_hooks(module: nn.Module, besides: type | None = None) -> bool:
+    """Whether forward or backward hooks are registered with a module, other than methods of the class `besides`. torch
+    documents only how they are registered."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
+    hooks = [hook for name in names for hook in getattr(module, name).values()]
+    return any(besides is None or not isinstance(getattr(hook, "__self__", None), besides) for hook in hooks)
+
+
+def rotary_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules that compute rotary angles from positions. transformers documents the parameters of a configuration,
+    but not the modules, which keep its `rope_type`."""
+    return [module for module in model.modules() if hasattr(module, "rope_type")]
 
 
 def dropout(x: Tensor, probability: float) -> tuple[Tensor, Tensor]:

@@ -291,7 +291,10 @@ def _contradictions(
     if only:
         shown = join_counts(sorted(name.removeprefix(WRAPPER_PREFIX) for name in only), 4)
         what = f"only one of the adapter and this run trains {shown}"
-        fix = "set lora.target_modules, target_parameters, layers_to_transform and modules_to_save as they were"
+        fix = (
+            "set lora.target_modules to auto, which takes the adapter's, and target_parameters, layers_to_transform "
+            "and modules_to_save as they were"
+        )
         yield Problem(Code.LORA_START, what, where, START_KEY, fix)
 
 

@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune import kernels
 from loratune.kernels import Adapted
+from loratune.kernels.row_angles import has_other_hooks
 from loratune.kernels.upstream import (
     FAKE_TENSOR_LOG,
     FakeTensorMode,
     TorchDispatchMode,
     attn_implementation,
-    has_hooks,
     is_fake,
     storage_id,
     tree_leaves,
@@ -112,7 +112,7 @@ def trace(model: Any, step: TracedStep, reader: Callable[[nn.Module], Adapted | 
         trials of a sweep that differ in their learning rate only take the result of the first.
     """
     key = _key(model, step)
-    if any(map(has_hooks, model.modules())) or key not in _TRACED:  # a hook may do anything
+    if any(map(has_other_hooks, model.modules())) or key not in _TRACED:  # a hook may do anything
         was_disabled, FAKE_TENSOR_LOG.disabled = FAKE_TENSOR_LOG.disabled, True  # of operations that fail without data
         try:
             _TRACED[key] = _trace_or_extrapolate(model, step, reader)
@@ -132,7 +132,7 @@ def _key(model: Any, step: TracedStep) -> str:
     """SHA-256 of what determines the allocations of a step: modules, tensors, configuration, compiled code, step."""
     base = model.get_base_model()
     tensors = [(name, one.shape, one.dtype, one.requires_grad) for name, one in model.named_parameters()]
-    hooks = [name for name, module in model.named_modules() if has_hooks(module)]
+    hooks = [name for name, module in model.named_modules() if has_other_hooks(module)]
     code = kernels.variant(base.get_input_embeddings().weight), attn_implementation(base)
     parts = (model, base.config.to_json_string(use_diff=False), tensors, hooks, code, step)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -259,9 +259,7 @@ def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str
 
 
 def read_template(tokenizer: Any, path: str) -> None:
-    """Read a tokenizer's chat template from a file, and render a conversation with it.
-
-    The template may refuse this conversation; the user's rows are checked later.
+    """Read a tokenizer's chat template from a file, and compile it. It is rendered later, with the user's rows.
 
     Raises:
         ConfigError: The file cannot be read, or is not a template.
@@ -269,15 +267,15 @@ def read_template(tokenizer: Any, path: str) -> None:
     key, where = "data.chat_template", path
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
+        upstream.compile_chat_template(tokenizer.chat_template)
         what = "" if tokenizer.chat_template.strip() else "the file is empty"
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read: {error.strerror if isinstance(error, OSError) else 'it is not UTF-8'}"
     except (TemplateSyntaxError, SyntaxError, RecursionError) as error:
         where = f"{path}:{error.lineno}" if isinstance(error, TemplateSyntaxError) else path
         what = f"not a Jinja template: {template_error_reason(error)}"
-    except Exception:
-        _log.debug("the chat template refuses a single question", exc_info=True)
+    except ValueError:  # a number of too many digits, which is reported where the template is rendered
+        _log.debug("the chat template cannot be compiled", exc_info=True)
         what = ""
     if what:
         raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, where, key, "name a file with a Jinja template"))

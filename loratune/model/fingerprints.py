@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 _log = logging.getLogger(__name__)
 
-VERSION = "2:"
-"""The version of fingerprints, with which each of them begins."""
+VERSION, QUANTIZED_VERSION = "2:", "3:"
+"""The version of fingerprints, with which each of them begins; and that of bases which bitsandbytes quantized, whose
+fingerprints of version 2 did not contain the scales of the weights."""
 _SUMMED = 64
 """Integers of 8 bytes in a block; the sum of each block is hashed."""
 _PIECE = 1 << 26
@@ -56,8 +58,8 @@ def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
 
     All values count, as the sums of short blocks: on one core some 10 GB of bfloat16 a second, or 2 GB of float32.
     Floating-point values are rounded to bfloat16 first, so the dtype in which the model was loaded makes no difference.
-    Only a sample counts of weights that bitsandbytes packed as it loaded the model, because the kernels of other
-    devices may round a few of them differently.
+    Of weights that bitsandbytes packed as it loaded the model, only a sample and the scales count, because the kernels
+    of other devices may round a few of them differently.
 
     Args:
         base: The model before PEFT wraps it, on any device.
@@ -65,16 +67,28 @@ def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
     """
     settings = _settings(base.config, _source(type(base)))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    version = VERSION
     for name, empty in _tensors(base):
         tensor = empty if read is None else read(name)
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(_sample(tensor) if upstream.is_packed(tensor) else block_sums(tensor))
-    return VERSION + digest.hexdigest()
+        if upstream.is_packed(tensor):
+            version = QUANTIZED_VERSION
+            digest.update(f"{name} ".encode() + _sample(base.get_submodule(name.rpartition(".")[0]), tensor))
+        else:
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + block_sums(tensor))
+    return version + digest.hexdigest()
 
 
-def is_comparable(recorded: str) -> bool:
-    """Whether this release computes fingerprints in the version of `recorded`."""
-    return recorded.startswith(VERSION)
+def incomparable(recorded: str, found: str) -> tuple[str, str] | None:
+    """Why a recorded fingerprint cannot be compared with that of a base: a sentence without its subject, and what to
+    do; None if it can. found: the fingerprint of the base."""
+    if recorded.startswith(VERSION) and found.startswith(QUANTIZED_VERSION):
+        what = "records the fingerprint of its base without the scales of quantized weights, as earlier revisions of"
+        what += " loratune did; they also computed 4-bit rows that end within a block with wrong scales"
+        return what, "train it again"
+    if not recorded.startswith((VERSION, QUANTIZED_VERSION)):
+        what = "records the fingerprint of its base in a version that this release of loratune does not know"
+        return what, "upgrade loratune"
+    return None
 
 
 class Sampled:
@@ -86,13 +100,17 @@ class Sampled:
             for module in base.modules()
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         }
-        self._samples = [(*owners[id(tensor)], _sample(tensor)) for _, tensor in _tensors(base)]
+        self._samples = [
+            (module, name, _sample(module, tensor))
+            for module, name, tensor in ((*owners[id(tensor)], tensor) for _, tensor in _tensors(base))
+        ]
 
     def is_in(self, model: torch.nn.Module) -> bool:
         """Whether all modules with tensors are still modules of `model`, and the tensors have the same values."""
         present = {id(module) for module in model.modules()}
         return all(
-            id(module) in present and _sample(getattr(module, name)) == sample for module, name, sample in self._samples
+            id(module) in present and _sample(module, getattr(module, name)) == sample
+            for module, name, sample in self._samples
         )
 
 
@@ -160,7 +178,8 @@ def block_sums(tensor: torch.Tensor, *, rounded: bool = True) -> bytes:
     return b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
+def _sample(module: torch.nn.Module, tensor: torch.Tensor) -> bytes:
+    """A sample of a tensor of a module; if bitsandbytes packed it, with its format and its scales."""
     flat = tensor.detach().flatten()
     if upstream.is_4bit(tensor) or not flat.is_floating_point():
         flat = flat.view(torch.uint8)  # packed values and whole numbers as bytes
@@ -168,7 +187,21 @@ def _sample(tensor: torch.Tensor) -> bytes:
         starts = torch.arange(RUNS) * last // (RUNS - 1)
         flat = flat[(starts[:, None] + torch.arange(RUN_LENGTH)).flatten().to(flat.device)]
     values = flat.cpu()
-    return bytes((values.to(torch.bfloat16).float() if values.is_floating_point() else values).numpy().tobytes())
+    sample = bytes((values.to(torch.bfloat16).float() if values.is_floating_point() else values).numpy().tobytes())
+    return sample + _scales(module, tensor) if upstream.is_packed(tensor) else sample
+
+
+def _scales(module: torch.nn.Module, weight: torch.Tensor) -> bytes:
+    """The format and the scales of a packed weight of a module.
+
+    Where the scales are packed as well, only their mean and that of their squares count, to 4 %: the last bit of the
+    offset that all of them share depends on the device, and moves some of them to another number.
+    """
+    described, scales, is_exact = import_module("loratune.kernels.quantized").scales(module, weight)
+    if not is_exact:
+        means = (values.mean(dtype=torch.float64) for values in (scales, scales.square()))
+        scales = (16 * torch.stack([*means]).log2()).round()
+    return f"{described} ".encode() + block_sums(scales)
 
 
 class BaseState:
@@ -214,6 +247,8 @@ def _bits(base: PreTrainedModel) -> str:
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device} ".encode())
         digest.update(block_sums(tensor, rounded=False))
+        if upstream.is_packed(tensor):
+            digest.update(_scales(base.get_submodule(name.rpartition(".")[0]), tensor))
     return digest.hexdigest()
 
 
@@ -243,7 +278,7 @@ class FileStates:
         is_complete = [*self._states] == files_of(self._section)
         if newest > self._taken - _OLD or self._section.trust_remote_code or not is_complete:
             return NOTHING_KEPT
-        return kept_here(VERSION, self._section.model_dump(), states, str(device))
+        return kept_here(VERSION, QUANTIZED_VERSION, self._section.model_dump(), states, str(device))
 
     def check_unchanged(self, since: str = "while it was being read", fix: str = "start again") -> None:
         """Raises ModelError: a file has changed, or is gone."""

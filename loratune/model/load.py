@@ -20,6 +20,7 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
+from loratune.kernels import use_row_angles
 from loratune.kernels.compiled import self_test
 from loratune.model import checks, fingerprints, tensor_files, upstream
 from loratune.model.dequantization import packed_format
@@ -153,6 +154,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     if quantized is not None:
         quantized.cast_dense_weights(model, dtype)
         quantized.dequantize_in_use(model)
+    use_row_angles(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import jinja2
 import transformers
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
     are_progress_bars_disabled,
@@ -91,6 +92,25 @@ def bitsandbytes_lacks() -> str:
     if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
         return "bitsandbytes has no native library for this machine"
     return ""
+
+
+def compile_chat_template(source: str) -> None:
+    """Compile a chat template with the tags, filters and functions of `apply_chat_template`, whose environment has no
+    documented name.
+
+    Expressions of constants are not computed, as Jinja does otherwise: `'x' * 6000000000`. Imports torch.
+
+    Raises:
+        jinja2.TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source cannot be compiled.
+    """
+    module = importlib.import_module("transformers.utils.chat_template_utils")
+    environment: Any = module._compile_jinja_template("").environment.overlay()
+    environment.intercepted_binops = frozenset(environment.binop_table)
+    environment.filters, environment.tests = (
+        dict.fromkeys(known, jinja2.pass_context(lambda context, value: value))
+        for known in (environment.filters, environment.tests)
+    )
+    environment.compile(source)
 
 
 class CheckpointLayout:

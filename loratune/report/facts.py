@@ -21,6 +21,7 @@ _DEEPEST = 4
 """Groups of metrics within groups."""
 
 _Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
+_Nats = Annotated[float, Field(strict=True, ge=0, le=_LARGEST, allow_inf_nan=False)]
 _Plain = str | int | float | bool | None
 _Setting = _Plain | list[_Plain] | dict[str, _Plain | list[_Plain]]
 NOT_RECORDED = "not recorded"
@@ -87,8 +88,10 @@ class RecordedBehavior:
     """How the base's own answers have changed, see `compare.behavior`."""
 
     texts: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-    divergence: Annotated[float, Field(strict=True, ge=0, le=_LARGEST, allow_inf_nan=False)]
+    divergence: _Nats
     agreement: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+    median_divergence: _Nats | None = None
+    median_divergence_interval: tuple[_Nats, _Nats] | None = None
     samples: Annotated[list[Sample], Field(max_length=_MOST_SPLITS)] = field(default_factory=list)
 
 
@@ -329,7 +332,11 @@ def _results(record: RunRecord) -> dict[str, str]:
         if all(map(math.isfinite, values)):
             results[label] = "{:.4f} → {:.4f} ({:+.4f})".format(*values)
     if (changed := record.behavior) is not None:
-        results["KL to the base on its own answers"] = f"{changed.divergence:.4f}"
+        if (middle := changed.median_divergence) is not None:
+            ends = changed.median_divergence_interval
+            interval = " (95 % interval {:.4f} to {:.4f})".format(*ends) if ends else ""
+            results["median KL to the base on its own answers"] = f"{middle:.4f}{interval}"
+        results["mean KL to the base on its own answers"] = f"{changed.divergence:.4f}"
         results["same next token as the base"] = f"{changed.agreement:.1%}, in answers to {changed.texts} instructions"
     for name, value in record.metrics.items():
         if name.startswith(_PREFERENCES):

@@ -207,7 +207,7 @@ def _scale_charts(by_scale: Mapping[float, Comparison]) -> dict[str, str]:
         if lost is not None:
             values["change of the loss on unrelated text"] = lost.value, lost.interval
         if changed is not None and not changed.unknown:
-            values["KL to the base on its own answers"] = changed.divergence, changed.divergence_interval
+            values["median KL to the base on its own answers"] = changed.median, changed.median_interval
         for title, (value, interval) in values.items():
             if value is not None and math.isfinite(value):
                 series.setdefault(title, []).append(Point(f"{scale:g}", value, finite(interval), 0))

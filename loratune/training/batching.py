@@ -30,7 +30,15 @@ from loratune.system.kept_results import REFUSAL
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto
 from loratune.training.preflight import Run
-from loratune.training.retention import Retention, auto_weight, is_text, prompts, sample_count
+from loratune.training.retention import (
+    Retention,
+    auto_weight,
+    is_text,
+    keeps_base,
+    prompts,
+    sample_count,
+    step_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,9 @@ class BatchedDatasets:
         held_out: The pass over the validation rows, if there are any.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
         objective: What is lowered.
+        items_of_step: The items of an optimizer step, in all its micro-steps and processes.
+        tokens_of_step: The mean number of their tokens, with those of shared prefixes once: for a step as a whole, so
+            it does not depend on how it is divided.
         retention: What keeps the model near what it was; None without a weight.
         counts_prompts: Whether tokens that are not supervised count in the training loss as well.
     """
@@ -54,6 +65,8 @@ class BatchedDatasets:
     held_out: ScoringPass | None
     notes: list[str]
     objective: Objective
+    items_of_step: int
+    tokens_of_step: float
     retention: Retention | None = None
     counts_prompts: bool = False
 
@@ -78,7 +91,7 @@ class BatchedDatasets:
         lengths, rows = self._largest_of_rows()
         if self.retention is None:
             return lengths, rows
-        texts = [self.retention.size] * self.retention.texts_of_step
+        texts = [self.retention.size] * self.retention.of_batch
         return [*lengths, *texts], rows + len(texts)
 
     def _largest_of_rows(self) -> tuple[list[tuple[int, int]], int]:
@@ -135,8 +148,13 @@ def batch(
                 size, longest = training.per_device_train_batch_size, section.max_length
                 layouts[name] = BatchLayout(items, split.rows.lengths, packing, size, longest, pad_id, together)
         saved, more = sharing(model, layouts["train"], section, acceleration)
+        layout = layouts["train"]
+        count = auto.items_of_step(training, len(layout.items), layout.size, group.count)
+        of_step = sharing(model, layout, section, acceleration, count)[0] if keeps_base(run) else saved
+        tokens = step_tokens(train.rows.lengths, layout, count, of_step or 0.0)
     if saved is not None:
-        layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
+        limits = kernels.length_limits(model.config)
+        layouts = {name: layout.sharing(saved, limits) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     flat, trees = None if mixed else packing != "none", None if saved is None else True
     engine = Engine(model, section, pad_id, acceleration, flat=flat, trees=trees, group=group)
@@ -146,7 +164,9 @@ def batch(
     counts_prompts = section.prompt_loss_weight > 0
     if counts_prompts:
         notes.append(f"data.prompt_loss_weight: a token of a prompt counts {section.prompt_loss_weight:g} in the loss")
-    return BatchedDatasets(layouts, train, engine, held_out, notes, objective, counts_prompts=counts_prompts)
+    return BatchedDatasets(
+        layouts, train, engine, held_out, notes, objective, count, tokens, counts_prompts=counts_prompts
+    )
 
 
 def decide_kernels(run: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -168,14 +188,16 @@ def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Obje
 
 
 def sharing(
-    model: Any, batches: BatchLayout, section: DataSection, acceleration: Acceleration
+    model: Any, batches: BatchLayout, section: DataSection, acceleration: Acceleration, items: int | None = None
 ) -> tuple[float | None, list[str]]:
     """The share of tokens that shared prefixes save, None if batches do not share prefixes; and lines about it.
+
+    items: those of a batch, by default as the layout has it.
 
     Raises:
         ConfigError: Sharing is required by the config, but not possible.
     """
-    saved = batches.saving() if section.share_prefixes is not False else 0.0
+    saved = batches.saving(items) if section.share_prefixes is not False else 0.0
     if not is_sharing_asked(section, saved):
         return None, []
     refusal = acceleration.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
@@ -278,7 +300,10 @@ def with_retention(
     if section.kl_weight == AUTO:
         choices["retention.kl_weight"] = auto_weight(config)
     weight = choices["retention.kl_weight"][0] if choices else section.kl_weight
-    count, why = sample_count(batches.train, config.training, section.max_new_tokens, group.count)
+    train, training = batches.train, config.training
+    steps = auto.optimizer_steps(training, len(train.items), train.size, group.count)[0]
+    tokens = int(steps * batches.tokens_of_step) if training.max_minutes is None else None
+    count, why = sample_count(tokens, section.max_new_tokens)
     if section.num_samples != AUTO:
         count = section.num_samples
     elif weight:
@@ -301,10 +326,11 @@ def with_retention(
         section = section.model_copy(update={"kl_weight": 0.0})
         choices = {"retention.kl_weight": (0.0, unusable)}
     elif weight:
-        texts = Retention.of(section, group.broadcast(given), batches.train, config.training, group.count)
+        items, of_micro_step = batches.items_of_step, train.size * group.count
+        in_all = group.count * -(-items // of_micro_step)
+        texts = Retention.of(section, group.broadcast(given), batches.tokens_of_step, items, in_all)
         passes = behavior.passes(batches.engine, len(texts.given), section.max_new_tokens)
-        steps = auto.optimizer_steps(config.training, len(batches.train.items), batches.train.size, group.count)[0]
-        notes = [str(texts), *auto.writing_notes(passes, steps, config.training)]
+        notes = [str(texts), *auto.writing_notes(passes, steps, training)]
         batches = replace(batches, retention=texts, notes=[*batches.notes, *notes])
     return config.model_copy(update={"retention": section}), batches, choices
 
@@ -314,21 +340,24 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     A micro-step takes the next `size` items for each process, in an order that is shuffled for each epoch. So the
     number of processes, the batch size and the accumulation only divide the same steps differently. At the end of an
-    epoch, fewer items may remain; they are distributed evenly, and a process may get none.
+    epoch, fewer items may remain; they are distributed evenly, and a process may get none. The texts of a step are
+    distributed evenly too, from its last batch on, which may have the fewest items.
 
     Args:
         items: The number of items.
         size: Items of a micro-step for each process.
         seed: Random seed of the order; the number of the epoch is added.
         group: The processes of the run.
-        retention: Its texts, which have the numbers after those of the items.
+        accumulation: Micro-steps of an optimizer step.
+        texts: Function of the number of an optimizer step and of its items that returns its texts of retention.
     """
 
     def __init__(
-        self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS, retention: Retention | None = None
-    ):
-        self.items, self.size, self.seed, self.epoch, self.retention = items, size, seed, 0, retention
-        self.rank, self.processes = group.rank, group.count
+        self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS, accumulation: int = 1,
+        texts: Callable[[int, int], Sequence[int]] | None = None,
+    ):  # fmt: skip
+        self.items, self.size, self.seed, self.epoch = items, size, seed, 0
+        self.rank, self.processes, self.accumulation, self.texts = group.rank, group.count, accumulation, texts
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass."""
@@ -348,13 +377,19 @@ class DistributedBatchSampler(Sampler[list[int]]):
         order = self.order()
         for number, start in enumerate(range(0, self.items, self.size * self.processes)):
             own = self._share(order[start : start + self.size * self.processes])
-            yield [*own, *self._texts(self.epoch * len(self) + number)]
+            yield [*own, *self._texts(number)]
 
     def _texts(self, micro_step: int) -> list[int]:
-        """The numbers of the texts that this process takes besides, see `Retention`."""
-        if self.retention is None:
+        """The texts that this process takes in a micro-step of the epoch, with the numbers after those of the items."""
+        if self.texts is None:
             return []
-        return self.retention.numbers(micro_step * self.processes + self.rank, self.items)
+        step, inside = divmod(micro_step, self.accumulation)
+        before, of_micro_step = step * self.accumulation, self.size * self.processes
+        batches = min(self.accumulation, len(self) - before) * self.processes
+        items = min(self.accumulation * of_micro_step, self.items - before * of_micro_step)
+        step += self.epoch * -(-len(self) // self.accumulation)
+        own = batches - 1 - (inside * self.processes + self.rank)
+        return [self.items + number for number in self.texts(step, items)[own::batches]]
 
     def _share(self, numbers: list[int]) -> list[int]:
         """The part of a micro-step's items that this process takes."""

@@ -15,7 +15,7 @@ from loratune.codes import Code
 from loratune.compare import preferences
 from loratune.config import AUTO, LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
-from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.errors import AdapterError, ConfigError, Problem, ResumeError
 from loratune.events import PlanEvent
 from loratune.lora import creation, parameters, served, tensors
 from loratune.lora.attach import PeftModel
@@ -238,9 +238,8 @@ def load_base(run: Run, group: Group = SINGLE_PROCESS) -> Base:
     info = run.start.info
     tensors.check_copies(info.files, base.model)
     recorded, where = info.files.base_fingerprint, str(info.files.path)
-    if recorded is not None and not fingerprints.is_comparable(recorded):
-        what = "records the fingerprint of its base in a version that this release of loratune does not know"
-        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, where, START_KEY, "upgrade loratune"))
+    if recorded is not None and (reason := fingerprints.incomparable(recorded, base.fingerprint)):
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, reason[0], where, START_KEY, reason[1]))
     if recorded not in (None, base.fingerprint):
         held = f" in {info.base.quantization}, dtype {info.base.dtype}" if info.base.quantization != "none" else ""
         what = f"was trained on another base, by its settings and weights: {info.files.base}{held}"
@@ -336,6 +335,9 @@ def _record(
     )
     if point is None:
         return record
+    if reason := fingerprints.incomparable(str(point.record.fingerprints["base"]), base.fingerprint):
+        what, fix = f"the checkpoint {reason[0]}", "start afresh with --overwrite"
+        raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="model.name_or_path", fix=fix))
     point.check_same(record, base.fingerprint)
     changes = [*point.record.changes, *point.changes, *point.record.changed_conditions(computed_with, point.step)]
     return record.model_copy(update={"changes": changes})

@@ -15,6 +15,7 @@ from loratune.codes import Code
 from loratune.config import RunConfig, Source
 from loratune.data import RawDatasets, splits
 from loratune.data.formats import KINDS
+from loratune.data.formats.questions import read_questions
 from loratune.data.sources import GIVEN, GivenRows
 from loratune.data.sources.files import looks_like_hub_id
 from loratune.data.splits import RowHashes
@@ -106,7 +107,8 @@ def check(
         ModelError: See `source.is_directory`.
         AdapterError: The adapter to start from cannot be used, see `AdapterDirectory.open`; or it does not say which
             rows are to be replayed.
-        DataError: See `data.read_datasets`; the rows are not those of the objective.
+        DataError: See `data.read_datasets`; the rows are not those of the objective; as `read_questions`, for the
+            prompts of retention.
         ResumeError: See `resume.find_resume_point`; the adapter to start from has changed since the interruption.
     """
     base, template = run.model, run.data.chat_template
@@ -125,6 +127,8 @@ def check(
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute, resume)
         absolute = auto.keep(absolute, point.record.config)
+    if absolute.retention.prompts is not None and not absolute.without_effect():
+        read_questions(absolute.retention.prompts, absolute.data)
     start = _open_start(absolute, point, reads_rows=True)
     rows = data.read_datasets(absolute.data, run.training.seed, given=given)
     for split in rows.splits.values():

@@ -2,14 +2,18 @@
 
 Before the first step the model writes texts: a chat model from the header of a user's turn on, so that it writes the
 question and the answer; another one from its first token on; or answers to the prompts of a file. Its predictions at
-each token that it wrote are kept, as its most probable tokens. Each micro-step then holds a few of these texts, in the
-batch of its rows, and the loss has the term `kl_weight` times the mean divergence KL(before ‖ model) over their tokens.
-arXiv:2605.26097 compares this with other means against forgetting.
+each token that it wrote are kept, as its most probable tokens. The loss of an optimizer step then has the term
+`kl_weight` times the mean divergence KL(before ‖ model) over the tokens of a few of these texts, which are computed in
+the batches of its rows. arXiv:2605.26097 compares this with other means against forgetting.
+
+Which texts go with a step, and their weight, depends on the number of the step and of its rows, and not on how these
+are divided into micro-steps and processes. Their tokens are about a fifth of those of the rows. Where the rows of a
+step are so short that one text has more, every second step has the beginning of one, with twice the weight, so that
+two steps together have twice `kl_weight`; a last step that is left over has one with the weight itself.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -23,24 +27,22 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import behavior
 from loratune.compare.engine import Engine
-from loratune.config import AUTO, RetentionSection, RunConfig, Source, TrainingSection, decided
+from loratune.config import AUTO, RetentionSection, RunConfig, decided
 from loratune.data import token_cache
-from loratune.data.formats.questions import parse_question
+from loratune.data.formats.questions import Question, read_questions
 from loratune.data.packing import BatchLayout, Items, PackedRows
 from loratune.data.rendering import Renderer
-from loratune.data.sources import read_rows
 from loratune.data.sources.rows import Row
-from loratune.errors import ConfigError, ModelError, Problem
+from loratune.errors import ConfigError, DataError, ModelError, Problem
 from loratune.events import progress
 from loratune.system.launcher import Group
 from loratune.text import plural
-from loratune.training import auto
 from loratune.training.checkpoints.store import StepLosses
 
 TOP = 20
 """Tokens whose probabilities are kept at each token of a text; all others count as one."""
 SHARE = 0.2
-"""The tokens of the texts in a micro-step, as a share of those of its rows, at most, where one text is not more."""
+"""The tokens of the texts of a step, as a share of those of its rows, at most, where one text is not more."""
 _WEIGHT = 1.0
 """`kl_weight` of sft. Preferences were not measured, and DPO has a reference of its own."""
 _MOST_SAMPLES, _SHARE_OF_RUN = 48, 0.1
@@ -48,10 +50,8 @@ _MOST_SAMPLES, _SHARE_OF_RUN = 48, 0.1
 than that share of its time: 2,304 tokens 18 s in the quickstart, which trains on 485 tokens a second."""
 _HEADER = 32
 """About the tokens of the header of a user's turn, with the system prompt that some templates add."""
-_SPARSEST = 8
-"""At least one micro-step of so many has a text."""
-_SAMPLED_BATCHES = 64
-"""Batches by which the tokens of a micro-step are estimated."""
+_LEAST_COMPARED = 16
+"""Tokens of a text that are compared at least, however short rows are."""
 
 Ids = Sequence[int]
 KEY = "retention"
@@ -73,10 +73,33 @@ class RetentionText:
     top_ids: NDArray[np.int64]
     log_probabilities: NDArray[np.float32]
 
-    def row(self) -> dict[str, Any]:
-        """The text as a row of a batch, in which no token is supervised."""
-        teacher = self.begin - 1, self.top_ids, self.log_probabilities
-        return {"input_ids": [*self.ids], "labels": [-100] * len(self.ids), "teacher": teacher}
+    def row(self, most: int) -> dict[str, Any]:
+        """The text as a row of a batch, in which no token is supervised, up to the `most`-th token that it has new."""
+        ids = self.ids[: self.begin + most]
+        teacher = self.begin - 1, self.top_ids[:most], self.log_probabilities[:most]
+        return {"input_ids": [*ids], "labels": [-100] * len(ids), "teacher": teacher}
+
+
+@dataclass(frozen=True)
+class TextsOfStep:
+    """How many texts go with an optimizer step.
+
+    Attributes:
+        number: The texts of a step that has some.
+        every: 1 if each step has texts, 2 if every second one has.
+        tokens: The tokens that each text has new, at most; further ones are left out.
+    """
+
+    number: int
+    every: int
+    tokens: int
+
+    @classmethod
+    def of(cls, tokens: float, context: int, longest: int) -> "TextsOfStep":
+        """From the tokens of the rows of a step, those that a text continues, and the new ones that it has."""
+        if (number := int(SHARE * tokens / (context + longest))) > 0:
+            return cls(number, 1, longest)
+        return cls(1, 2, min(longest, max(_LEAST_COMPARED, int(2 * SHARE * tokens) - context)))
 
 
 @dataclass
@@ -86,23 +109,25 @@ class Retention:
     Attributes:
         section: Its settings.
         given: What each text continues.
-        texts_of_step: How many texts go with the rows of a micro-step that has some.
-        every: One of so many micro-steps has texts: where rows are short, a text in each would take too long.
-        weight: That of the term in an optimizer step that has texts; on average it is `kl_weight`.
+        of_step: How many texts go with a whole step.
+        items: The items of a whole step, which are rows, pairs of rows, or packs.
+        of_batch: How many texts a batch has at most.
+        share: The tokens of the texts, as a share of those of the rows.
         texts: The texts; none until they are written.
     """
 
     section: RetentionSection
     given: Sequence[Ids]
-    texts_of_step: int
-    every: int
-    weight: float
+    of_step: TextsOfStep
+    items: int
+    of_batch: int
+    share: float
     texts: Sequence[RetentionText] = ()
 
     @property
     def size(self) -> tuple[int, int]:
         """The tokens of the longest text, and those of which predictions are compared."""
-        return max(map(len, self.given)) + self.section.max_new_tokens, self.section.max_new_tokens
+        return max(map(len, self.given)) + self.of_step.tokens, self.of_step.tokens
 
     @property
     def fingerprint(self) -> str:
@@ -111,31 +136,49 @@ class Retention:
 
     def __str__(self) -> str:
         """A line for the plan."""
-        steps = "each micro-step" if self.every == 1 else f"one micro-step in {self.every}"
+        longest, one = self.section.max_new_tokens, self.of_step
+        steps = f"{one.number} beside the rows of each step"
+        if one.every > 1:
+            part = "one" if one.tokens == longest else f"the first {one.tokens} tokens of one"
+            steps = f"{part} beside the rows of every second step, with twice the weight"
         return (
-            f"retention: the model writes {plural(len(self.given), 'text')} of {self.section.max_new_tokens} tokens "
-            f"before the first step; {self.texts_of_step} beside the rows of {steps}"
+            f"retention: the model writes {plural(len(self.given), 'text')} of {longest} tokens before the first step; "
+            f"{steps}, {self.share:.0%} more tokens"
         )
 
     @classmethod
     def of(
-        cls, section: RetentionSection, given: Sequence[Ids], layout: BatchLayout, training: TrainingSection,
-        processes: int,
-    ) -> "Retention":  # fmt: skip
-        """From the settings, what the texts continue, and the batches of the training rows."""
-        tokens, longest = mean_tokens(layout), max(map(len, given)) + section.max_new_tokens
-        wanted = SHARE * tokens / longest
-        every = min(_SPARSEST, max(1, math.ceil(1 / max(wanted, 1 / _SPARSEST))))
-        rarity = max(1.0, every / (training.gradient_accumulation_steps * processes))
-        number = max(1, min(len(given), int(wanted)))
-        return cls(section, given, number, every, decided(section.kl_weight) * rarity)
+        cls, section: RetentionSection, given: Sequence[Ids], tokens: float, items: int, batches: int
+    ) -> "Retention":
+        """From the settings, what the texts continue, and a whole step: the tokens and the number of its items, and
+        the batches that it has in all micro-steps of all processes."""
+        found = TextsOfStep.of(tokens, max(map(len, given)), section.max_new_tokens)
+        found = replace(found, number=min(len(given), found.number))
+        each = sum(map(len, given)) / len(given) + found.tokens
+        share = found.number * each / (found.every * tokens)
+        return cls(section, given, found, items, -(-found.number // batches), share)
 
-    def numbers(self, micro_step: int, first: int) -> list[int]:
-        """The numbers of the texts of a micro-step, in turn. first: that of the first text."""
-        if micro_step % self.every or not self.texts:
+    def numbers(self, step: int, items: int, *, is_last: bool = False) -> list[int]:
+        """The numbers of the texts of an optimizer step, in turn.
+
+        Args:
+            step: The optimizer steps before it.
+            items: Its items; the last step of an epoch may have fewer than others, and has fewer texts then.
+            is_last: Whether it is the last step of the run.
+        """
+        one = self.of_step
+        if not self.texts or not (step % one.every or one.every == 1 or is_last):
             return []
-        start = micro_step // self.every * self.texts_of_step
-        return [first + (start + number) % len(self.texts) for number in range(self.texts_of_step)]
+        start, count = step // one.every * one.number, max(1, one.number * items // self.items)
+        return [(start + number) % len(self.texts) for number in range(count)]
+
+    def weight(self, step: int) -> float:
+        """That of the term in an optimizer step with texts: `kl_weight`, or twice that for two steps, see `numbers`."""
+        return decided(self.section.kl_weight) * (self.of_step.every if step % 2 else 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The texts as rows of batches."""
+        return [text.row(self.of_step.tokens) for text in self.texts]
 
     def write(
         self,
@@ -192,24 +235,25 @@ class RetentionTerm:
         steps: The divergence of the steps since the last report, of those that had texts.
     """
 
-    def __init__(self, retention: Retention, group: Group, steps: StepLosses):
-        self._weight, self._group, self.steps = retention.weight, group, steps
+    def __init__(self, group: Group, steps: StepLosses):
+        self._group, self.steps = group, steps
         self._teacher: kernels.TeacherTargets | None = None
         self._sum: torch.Tensor | None = None
-        self._tokens, self._applies = 0, False
+        self._tokens, self._weight = 0, 0.0
 
     @classmethod
     def of(cls, retention: Retention | None, group: Group, steps: StepLosses | None) -> "RetentionTerm | None":
         """The term of a run, None without retention. steps: those of a checkpoint that no report has yet."""
-        return None if retention is None else cls(retention, group, replace(steps) if steps else StepLosses())
+        return None if retention is None else cls(group, replace(steps) if steps else StepLosses())
 
-    def begin_step(self, batches: Sequence[Mapping[str, Any]], *, applies: bool) -> None:
+    def begin_step(self, batches: Sequence[Mapping[str, Any]], weight: float) -> None:
         """Count the tokens whose predictions are compared in an optimizer step, over all processes.
 
-        applies: whether the term has a gradient. In the first step it has none, as the model still is what it is held
-        to: an optimizer that divides by the size of gradients would make a step of their rounding errors.
+        weight: the weight of their mean divergence in the loss; 0: it has no gradient. So it is in the first step, in
+        which the model still is what it is held to: an optimizer that divides by the size of gradients would make a
+        step of their rounding errors.
         """
-        self._applies = applies
+        self._weight = weight
         own = sum(len(batch["teacher"][0]) for batch in batches if "teacher" in batch)
         self._tokens, self._sum = int(self._group.total([own])[0]), None
 
@@ -234,7 +278,7 @@ class RetentionTerm:
         divergence = divergence / self._tokens
         own = divergence.detach().clone()
         self._sum = own if self._sum is None else self._sum + own
-        return self._weight * divergence if self._applies else 0.0
+        return self._weight * divergence if self._weight else 0.0
 
     def taken(self) -> list[torch.Tensor]:
         """The divergence of the optimizer step in this process, nats per token, a scalar; none without texts."""
@@ -259,8 +303,8 @@ def is_text(item: Any) -> bool:
 class ItemsWithTexts:
     """The items of the training rows, and after them the texts, as items of the same kind."""
 
-    def __init__(self, items: Items, texts: Sequence[RetentionText]):
-        """items: rows, or packs of rows."""
+    def __init__(self, items: Items, texts: Sequence[dict[str, Any]]):
+        """items: rows, or packs of rows. texts: see `Retention.rows`."""
         self._items, self._texts = items, texts
 
     def __len__(self) -> int:
@@ -269,7 +313,7 @@ class ItemsWithTexts:
     def __getitem__(self, number: int, /) -> Any:
         if number < len(self._items):
             return self._items[number]
-        row = self._texts[number - len(self._items)].row()
+        row = self._texts[number - len(self._items)]
         return [row] if isinstance(self._items, PackedRows) else row
 
 
@@ -289,28 +333,33 @@ def keeps_base(run: RunConfig) -> bool:
     return (auto_weight(run)[0] if weight == AUTO else decided(weight)) > 0
 
 
-def typical_texts(run: RunConfig, tokens: int) -> list[tuple[int, int]]:
-    """The sizes of the texts beside rows of so many tokens, before their prompts are known: (length, tokens compared)
-    of each; none without retention."""
+def typical_texts(run: RunConfig, tokens: float) -> list[tuple[int, int]]:
+    """The sizes of the texts in a batch of one process, before their prompts are known: (length, tokens compared) of
+    each; none without retention. tokens: those of the rows of an optimizer step."""
     if not keeps_base(run):
         return []
-    longest = run.retention.max_new_tokens
-    return [(_HEADER + longest, longest)] * max(1, int(SHARE * tokens / (_HEADER + longest)))
+    found = TextsOfStep.of(tokens, _HEADER, run.retention.max_new_tokens)
+    of_batch = -(-found.number // run.training.gradient_accumulation_steps)
+    return [(_HEADER + found.tokens, found.tokens)] * of_batch
 
 
-def mean_tokens(layout: BatchLayout) -> float:
-    """The mean number of tokens that a micro-step computes, from some of them."""
-    if len(layout.items) < layout.size:
-        return float(sum(map(layout.tokens, range(len(layout.items)))))
-    return float(layout.total_tokens(_SAMPLED_BATCHES).mean()) * (1 - (layout.saved or 0.0))
+def step_tokens(lengths: NDArray[np.integer[Any]], layout: BatchLayout, items: int, saved: float) -> float:
+    """The mean number of tokens of some items, without padding.
+
+    Args:
+        lengths: (rows,), those of each row.
+        layout: Its batches.
+        items: How many items.
+        saved: The share of tokens that shared prefixes save.
+    """
+    return float(lengths.sum()) / len(layout.items) * items * (1 - saved)
 
 
-def sample_count(layout: BatchLayout, training: TrainingSection, longest: int, processes: int) -> tuple[int, str]:
-    """`retention.num_samples`, and why. longest: the tokens of a text. training: the section, without `auto`."""
-    if training.max_minutes is not None:
+def sample_count(tokens: int | None, longest: int) -> tuple[int, str]:
+    """`retention.num_samples`, and why. tokens: those of the run, None if they are not known yet. longest: those of a
+    text."""
+    if tokens is None:
         return _MOST_SAMPLES, "the most that auto takes"
-    steps = auto.optimizer_steps(training, len(layout.items), layout.size, processes)[0]
-    tokens = int(steps * training.gradient_accumulation_steps * processes * mean_tokens(layout))
     count = max(1, min(_MOST_SAMPLES, int(_SHARE_OF_RUN * tokens / longest)))
     return count, f"at most a tenth of the {tokens:,} tokens of the run" if count < _MOST_SAMPLES else "enough"
 
@@ -329,23 +378,31 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
         ConfigError: A text would be longer than the context of the model.
     """
     section = run.retention
-    given = [renderer.user_header()] * decided(section.num_samples)
+    given = [("", renderer.user_header())] * decided(section.num_samples)
     if section.prompts is not None:
-        rows = read_rows(Source(path=section.prompts))
+        rows = read_questions(section.prompts, run.data)
         chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: decided(section.num_samples)]
-        given = [_prompt(renderer, rows[number], run, chat) for number in sorted(chosen.tolist())]
-    longest = max(map(len, given)) + section.max_new_tokens
-    if context is not None and longest > context:
-        what = f"a text would have {longest} tokens, but the model has {context} positions"
-        fix = f"lower it to {max(1, section.max_new_tokens - longest + context)}"
-        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="retention.max_new_tokens", fix=fix))
-    return given
+        given = [_prompt(renderer, rows[number], chat) for number in sorted(chosen.tolist())]
+    where, longest = max(given, key=lambda one: len(one[1]))
+    tokens = len(longest) + section.max_new_tokens
+    if context is not None and tokens > context:
+        what, room = f"a text would have {tokens} tokens, but the model has {context} positions", context - len(longest)
+        lower = [f"lower retention.max_new_tokens to {room}"] if room > 0 else []
+        fixes = ["shorten the prompt", "remove the row", *lower] if where else lower or ["set retention.kl_weight to 0"]
+        key = "retention.prompts" if where else "retention.max_new_tokens"
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, where, key, ", or ".join(fixes)))
+    return [ids for _, ids in given]
 
 
-def _prompt(renderer: Renderer, row: Row, run: RunConfig, chat: bool) -> tuple[int, ...]:
-    question = parse_question(row, run.data)
+def _prompt(renderer: Renderer, asked: tuple[Row, Question], chat: bool) -> tuple[str, tuple[int, ...]]:
+    """The place of a row, and the ids of its prompt. Raises DataError: it has none."""
+    row, question = asked
     turns = [{"role": "user", "content": question.prompt}] if chat and isinstance(question.prompt, str) else None
-    return renderer.prompt(turns or question.prompt, row.where, question.tools, question.arguments)
+    ids = renderer.prompt(turns or question.prompt, row.where, question.tools, question.arguments)
+    if not ids:
+        what, fix = "the tokenizer makes no token of the prompt", "write a prompt, or remove the row"
+        raise DataError(Problem(Code.DATA_FIELD, what, row.where, "retention.prompts", fix))
+    return row.where, ids
 
 
 def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Ids]]) -> list[RetentionText]:

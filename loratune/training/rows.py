@@ -138,6 +138,10 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
             remarks[name] += [*split.remarks(), *filter(None, [splits[name].rows.remark])]
             remarks[name] += remarks_on_weights(splits[name].rows.weights)
         train = run.rows.train
+        if section.stride and not any(split.report.split_rows for split in splits.values()):
+            remarks["train"].append("data.stride has no effect, as no row is split into blocks")
+        if section.prompt_loss_weight and train.formats == ["text"]:
+            remarks["train"].append("data.prompt_loss_weight has no effect, as the rows are texts without a prompt")
         rendering = (
             renderer.remark_on_bos(splits["train"].rows.row(0).ids),
             data.remark_on_arguments(train, splits["train"].rows, renderer),

@@ -26,6 +26,7 @@ from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.parameters import choose_optimizer
 from loratune.system import accelerator, launcher
 from loratune.training import callbacks
+from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.callbacks import BestStep, NonFiniteGuard, Pace, RunCallback, diverged_error
 from loratune.training.checkpoints.store import StepLosses
@@ -137,7 +138,7 @@ class RunTrainer(CheckpointTrainer):
     ):
         self.plan, self.batches, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
         self.shape, self.keeps_checkpoints, self.oom_dry_run = tuple[int, ...](), True, oom_dry_run
-        self.items = ItemsWithTexts(self.batches.items, plan.retention.texts if plan.retention else ())
+        self.items = ItemsWithTexts(self.batches.items, plan.retention.rows() if plan.retention else ())
         self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
         point = plan.resume_point
         unreported = replace(point.record.unreported) if point and point.record.unreported else StepLosses()
@@ -157,8 +158,15 @@ class RunTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        size, seed, retention = self.batches.size, self.args.seed, self.plan.retention
-        sampler = DistributedBatchSampler(len(self.batches.items), size, seed, self.group, retention)
+        training, items, size = self.plan.config.training, len(self.batches.items), self.batches.size
+        last = optimizer_steps(training, items, size, self.group.count)[0] - 1
+
+        def texts(step: int, count: int) -> Sequence[int]:
+            retention = self.plan.retention
+            return retention.numbers(step, count, is_last=step == last) if retention else ()
+
+        accumulation = training.gradient_accumulation_steps  # also where single micro-steps are timed
+        sampler = DistributedBatchSampler(items, size, self.args.seed, self.group, accumulation, texts)
         return Loader(self.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
 
     # Before and after the steps
@@ -185,8 +193,9 @@ class RunTrainer(CheckpointTrainer):
         if done == 0:
             self.guard.objective.check_start(self.model, self._first_batch)
         if self.oom_dry_run:
-            texts = self.plan.retention.numbers(0, len(self.batches.items)) if self.plan.retention else []
-            batch = self.batches.collate([self.items[number] for number in [*self.batches.heaviest(), *texts]])
+            first, texts = len(self.batches.items), self.plan.retention.of_batch if self.plan.retention else 0
+            heaviest = [*self.batches.heaviest(), *range(first, min(first + texts, len(self.items)))]
+            batch = self.batches.collate([self.items[number] for number in heaviest])
             with accelerator.same_random_numbers(self.args.device):
                 self.dry_run_step(batch)
         if (validation := self.plan.batches.held_out) is not None:
@@ -346,8 +355,10 @@ class RunTrainer(CheckpointTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = self.guard.objective.begin_step(self.model, batches, count, self.group)
         self.guard.has_rows = bool(count != 0)
-        if self.guard.retention is not None:
-            self.guard.retention.begin_step(batches, applies=self.state.global_step > 0 and self.guard.has_rows)
+        if self.guard.retention is not None and self.plan.retention is not None:
+            step = self.state.global_step
+            weight = self.plan.retention.weight(step) if step and self.guard.has_rows else 0.0
+            self.guard.retention.begin_step(batches, weight)
         return batches, 1 if isinstance(count, float) and not count else count
 
     # Checkpoints

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratune.codes import Code
-from loratune.config import DataSection
+from loratune.config import DataSection, Source
 from loratune.data import formats
 from loratune.data.formats import Message, RowError, parsers, reasoning
 from loratune.data.formats.recognition import FORMATS, PREFERENCE_FORMATS, rename
 from loratune.data.formats.tools import parse_arguments, parse_tools
-from loratune.data.sources.rows import Row
+from loratune.data.sources import header_fix, read_rows
+from loratune.data.sources.rows import Row, reported
 from loratune.errors import DataError, Problem
 
 
@@ -31,6 +32,17 @@ class Question:
 
 _QUESTIONS = ("prompt", "messages", "conversations", "instruction", "text")
 """Fields that may hold the prompt of a row."""
+
+
+def read_questions(path: str, section: DataSection) -> list[tuple[Row, Question]]:
+    """The rows of a source, each with its prompt. Raises DataError: as `read_rows` and `parse_question`; or a prompt
+    is empty."""
+    found = [(row, parse_question(row, section)) for row in read_rows(Source(path=path))]
+    if empty := [row.where for row, question in found if not question.prompt]:
+        fix = "write a prompt, or remove the row"
+        problems = [Problem(Code.DATA_FIELD, "the prompt is empty", where, fix=fix) for where in empty]
+        raise DataError(reported(problems, path))
+    return found
 
 
 def parse_question(row: Row, section: DataSection) -> Question:
@@ -55,7 +67,7 @@ def parse_question(row: Row, section: DataSection) -> Question:
     try:
         return _question(fields, name, row, drops_reasoning=section.reasoning == "drop")
     except RowError as error:
-        fix = "give a prompt, messages, conversations, an instruction or text"
+        fix = f"give a prompt, messages, conversations, an instruction or text{'' if name else header_fix(row.where)}"
         raise DataError(Problem(Code.DATA_FIELD, str(error), row.where, fix=fix)) from None
 
 

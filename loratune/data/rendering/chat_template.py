@@ -22,8 +22,9 @@ from jinja2 import Template, TemplateSyntaxError, nodes
 from loratune.codes import Code
 from loratune.data.formats import Message, Span
 from loratune.data.formats.reasoning import EMPTY_REASONING, REASONING_OPENED
+from loratune.data.rendering import sandbox
 from loratune.data.rendering.samples import ANSWER, CALL, QUESTION, TOOL
-from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
+from loratune.data.upstream import alias_reasoning_fields, generation_ranges
 from loratune.errors import DataError, ModelError, Problem, template_error_reason
 
 _log = logging.getLogger(__name__)
@@ -98,10 +99,11 @@ class ChatTemplate:
         source = tokenizer.chat_template or ""
         self.sources: list[str] = [*source.values()] if isinstance(source, dict) else [source]
         self._special_tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self._syntax_error, self._marked = "", dict[str, Template]()
+        self._syntax_error, self._plain, self._marked = "", dict[str, Template](), dict[str, Template]()
         try:
-            self._marked = {source: _mark_loops(source) for source in self.sources}
-        except (TemplateSyntaxError, SyntaxError, RecursionError, ValueError) as error:  # a number of too many digits
+            self._plain = {source: _compiled(source) for source in self.sources}
+            self._marked = {source: _compiled(source, marked=True) for source in self.sources}
+        except (TemplateSyntaxError, SyntaxError, RecursionError, ValueError, OverflowError) as error:
             self._syntax_error = template_error_reason(error)
         self.end_tokens = self._find_end_tokens()
 
@@ -114,7 +116,7 @@ class ChatTemplate:
 
         Raises:
             ModelError: The tokenizer has no template, or one that cannot be compiled.
-            DataError: The template refuses the messages.
+            DataError: The template refuses the messages, or an operation of it is too large.
         """
         name = self._tokenizer.name_or_path
         if not self._tokenizer.chat_template:
@@ -126,6 +128,7 @@ class ChatTemplate:
             raise ModelError(Problem(Code.TEMPLATE_INVALID, what, name, KEY, OTHER_FILE))
         tools = list(chat.tools) or None
         try:
+            self._render_bounded(self._plain, chat, chat.messages, prompt)  # which transformers does not
             text: str = self._tokenizer.apply_chat_template(
                 list(chat.messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self._arguments
             )
@@ -139,16 +142,8 @@ class ChatTemplate:
         """Render messages, and find where in the text each content and each turn ends. Raises as `text` does."""
         text = self.text(chat, prompt=prompt)
         if len(chat.messages) <= MANY and not MARK.search(text):
-            values = {
-                "messages": alias_reasoning_fields(_with_marks(chat.messages)),
-                "tools": list(chat.tools) or None,
-                "documents": None,
-                "add_generation_prompt": prompt,
-                **self._tokenizer.special_tokens_map,
-                **self._arguments,
-            }
             try:
-                marked = self._marked[self._source(chat)].render(**values)
+                marked = self._render_bounded(self._marked, chat, _with_marks(chat.messages), prompt)
             except Exception:  # a template may fail on marks alone
                 _log.debug("the chat template fails on messages with marks", exc_info=True)
                 return RenderedMessages(text, marked=False)
@@ -238,6 +233,33 @@ class ChatTemplate:
         rendered = self._probe([QUESTION], tools=(TOOL,))
         return rendered is None or "loratune_tool" in rendered.text
 
+    def _render_bounded(
+        self, templates: Mapping[str, Template], chat: TemplateInput, messages: Sequence[Message], prompt: bool
+    ) -> str:
+        """Render messages in the bounded sandbox, and note if that takes long.
+
+        Args:
+            templates: The compiled template for each of the sources.
+            chat: The messages, their tools and their place.
+            messages: The messages, with or without marks.
+            prompt: Whether to add the generation prompt.
+
+        Raises:
+            OverflowError: An operation of the template is too large.
+            Exception: The template fails in another way.
+        """
+        values = {
+            "messages": alias_reasoning_fields(messages),
+            "tools": list(chat.tools) or None,
+            "documents": None,
+            "add_generation_prompt": prompt,
+            **self._tokenizer.special_tokens_map,
+            **self._arguments,
+        }
+        of = f"the chat template of {name}" if (name := self._tokenizer.name_or_path) else "the chat template"
+        with sandbox.reported(f"{chat.where or 'messages that test the template'}: {of} is still rendering"):
+            return templates[self._source(chat)].render(**values)
+
     def _source(self, chat: TemplateInput) -> str:
         """The template that applies; a tokenizer may have a separate one for tools."""
         return str(self._tokenizer.get_chat_template(None, list(chat.tools) or None))
@@ -297,18 +319,19 @@ def _with_marks(messages: Sequence[Message]) -> list[Message]:
     return marked
 
 
-@lru_cache(8)
-def _mark_loops(source: str) -> Template:
-    """Returns a template with marks around the iterations of its loops.
+@lru_cache(16)
+def _compiled(source: str, *, marked: bool = False) -> Template:
+    """Returns a template with bounded operations. marked: whether it has marks around the iterations of its loops.
 
     Raises:
-        TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source is not a template.
+        TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source is not a template, or has a number of
+            too many digits.
+        OverflowError: It has an operation on constants that is too large.
     """
-    environment = chat_template_environment(source)
-    tree = environment.parse(source)
-    _mark_loops_in(tree, iter(range(0, MANY - 1, 2)))
-    tree.set_environment(environment)  # of the nodes that were added
-    return environment.from_string(tree)
+    tree = sandbox.parse(source)
+    if marked:
+        _mark_loops_in(tree, iter(range(0, MANY - 1, 2)))
+    return sandbox.compiled(tree)
 
 
 def read_marks(marked: str, text: str) -> RenderedMessages | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -21,9 +21,20 @@ from loratune.codes import Code
 from loratune.config import AUTO, Source
 from loratune.data import upstream
 from loratune.data.sources import files
-from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, jsonl_rows, reported, to_json_line, to_row
+from loratune.data.sources.rows import (
+    MAX_PROBLEMS,
+    Row,
+    RowOrProblem,
+    duplicate_columns,
+    jsonl_rows,
+    place_parts,
+    repeated_key,
+    reported,
+    to_json_line,
+    to_row,
+)
 from loratune.errors import DataError, Problem
-from loratune.events import Advance, no_advance
+from loratune.events import Advance, no_advance, note
 from loratune.system.environment import cache_fix
 
 GIVEN = "(rows given by the program)"
@@ -113,26 +124,59 @@ def given_rows(rows: Any, name: str) -> GivenRows:
     """Rows of a Python program, to be read like those of a file.
 
     Args:
-        rows: A `datasets.Dataset`, a pandas DataFrame (missing values become null), or an iterable of dicts.
+        rows: A `datasets.Dataset`, of which the columns chosen by `with_format` are read; a pandas DataFrame, whose
+            missing values become null, and whose index is read if it has a name; or an iterable of dicts.
         name: Prefix of the places of rows, such as `train`.
 
     Raises:
-        DataError: `rows` is something else.
+        DataError: `rows` is something else; a dataset has a transform; two columns of a frame have the same name.
     """
-    if hasattr(rows, "with_format"):
-        return GivenRows(name, rows.with_format(None))
-    if hasattr(rows, "to_dict") and hasattr(rows, "notna"):
-        return GivenRows(name, rows.astype(object).where(rows.notna(), None).to_dict("records"))
-    if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
+    if isinstance(rows, Dataset):
+        return GivenRows(name, _as_python(rows, name))
+    if hasattr(rows, "columns") and hasattr(rows, "notna"):
+        frame = rows.reset_index(allow_duplicates=True) if any(rows.index.names) else rows
+        if problem := duplicate_columns(map(str, frame.columns), name):
+            raise DataError(problem)
+        return GivenRows(name, frame.astype(object).where(frame.notna(), None).to_dict("records"))
+    if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping | IterableDataset):
         return GivenRows(name, rows if isinstance(rows, Sequence) else list(rows))
     what = f"rows must be a list of dicts, a datasets.Dataset or a pandas frame, got {type(rows).__name__}"
-    raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix="give one dict for each row"))
+    fix = "give one dict for each row"
+    if isinstance(rows, DatasetDict):
+        fix = f"give one split: ...[{next(iter(rows), 'train')!r}]"
+    if isinstance(rows, IterableDataset):
+        fix = "give what it yields: datasets.Dataset.from_list([*rows])"
+    raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix=fix))
+
+
+def _as_python(dataset: Dataset, name: str) -> Dataset:
+    """A dataset of the same rows and columns as plain values. Raises DataError: it has a transform."""
+    chosen = dataset.format
+    if chosen["type"] == "custom":
+        what = (
+            "the dataset has a transform, which would run whenever a row is read, and might give other values each time"
+        )
+        fix = "apply it once, by .map(..., batched=True), or remove it, by .with_format(None)"
+        raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix=fix))
+    plain = dataset.with_format(None)
+    if not chosen["output_all_columns"] and {*chosen["columns"]} != {*plain.column_names}:
+        plain = plain.select_columns([column for column in plain.column_names if column in chosen["columns"]])
+    return _without_media(plain, name)
+
+
+def _without_media(dataset: Dataset, name: str) -> Dataset:
+    """A dataset without columns of images, audio and the like, which would be decoded with each row."""
+    if media := [column for column, feature in dataset.features.items() if upstream.is_media(feature)]:
+        note(f"{name}: {', '.join(media)}: not read, as models are trained on text alone")
+    return dataset.remove_columns(media) if media else dataset
 
 
 def _plain(value: Any) -> Any:
     """A value with JSON types: lists instead of tuples and arrays, Python numbers instead of NumPy's."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        names = [*map(str, value)]
+        plain = dict(zip(names, map(_plain, value.values()), strict=True))
+        return plain if len(plain) == len(names) else repeated_key(names)
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return _plain(value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
@@ -171,15 +215,24 @@ def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
     the source; empty if there are none."""
     path = None if isinstance(source, GivenRows) else _local_path(source)
     read, others = files.find_files(path, sample_by) if path else ([], [])
-    if not path or not others:
-        is_unused = sample_by != AUTO and not any(map(files.is_text, read))
-        return f"{source.path}: data.sample_by has no effect, as there is no text file" if is_unused else ""
-    return f"{source.path}: not read: {'; '.join(files.unread(path, read, others))}"
+    lines = ["data.sample_by has no effect, as there is no text file"]
+    lines = lines if sample_by != AUTO and not any(map(files.is_text, read)) else []
+    lines += [f"not read: {'; '.join(files.unread(path, read, others))}"] if path and others else []
+    return f"{source.path}: {'; '.join(lines)}" if lines else ""
+
+
+def header_fix(where: str) -> str:
+    """The end of a fix for wrong names of fields, by the place of a row; empty unless the row is in a CSV file."""
+    is_csv = files.is_csv(Path(place_parts(where)[0].removesuffix(":")))
+    return f"; if the first line of the file is a row, {files.FIX_HEADER}" if is_csv else ""
 
 
 def format_error(problems: Sequence[Problem], source: Source | GivenRows, sample_by: str) -> DataError:
-    """The error of a source; if its rows fit no format, with the files that are not read, such as documents."""
+    """The error of a source; if its rows fit no format, with where the fields of a CSV file have their names from, and
+    with the files that are not read, such as documents."""
     first, *others = problems
+    if first.code == Code.DATA_FORMAT:
+        first = replace(first, fix=f"{first.fix}{header_fix(first.where)}")
     if first.code == Code.DATA_FORMAT and (line := left_out(source, sample_by)):
         first = replace(first, fix=f"{first.fix}; {line}")
     return DataError([first, *others])
@@ -240,7 +293,8 @@ def _load_hub_split(source: Source) -> HubSplit:
         what = f"no such file, and it cannot be loaded as a hub dataset ({reason})"
         fix = cache_fix(error) or "check the path or hub id"
         raise DataError(Problem(Code.DATA_HUB, what, source.path, fix=fix)) from None
-    return HubSplit(f"{source.path}[{split}]", dataset)
+    name = f"{source.path}[{split}]"
+    return HubSplit(name, _without_media(dataset, name))
 
 
 def _check_reachable(hub_id: str) -> None:

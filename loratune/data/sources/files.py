@@ -40,6 +40,9 @@ DOCUMENT_ENDINGS = (
 """The endings of text files that are documents."""
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in (*ENDINGS, *DOCUMENT_ENDINGS) if ending != ".parquet")
 KNOWN_ENDINGS = f"{', '.join(ENDINGS[:-1])} (each also as .gz), .parquet, or of text such as .md, .rst, .py"
+FIX_HEADER = "put a line with the names of its columns before it, such as prompt,completion"
+_CHECKED_ROWS, _SHOWN_LETTERS = 1_000, 40
+"""Rows by which the header of a CSV file is checked, and the letters of each of its names in a message."""
 _UNBOUNDED = sys.maxsize
 _ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 
@@ -64,6 +67,11 @@ def data_ending(path: Path) -> str:
 def is_text(path: Path) -> bool:
     """Whether a file is a text file: `.txt`, or a document."""
     return data_ending(path).removesuffix(".gz") in (".txt", *DOCUMENT_ENDINGS)
+
+
+def is_csv(path: Path) -> bool:
+    """Whether a file is a CSV file."""
+    return data_ending(path).removesuffix(".gz") == ".csv"
 
 
 def is_document(path: Path) -> bool:
@@ -291,6 +299,16 @@ class FileSlice:
         yield from islice(self.files[self.number].rows(count), self.start, self.stop)
         if bytes_read < self.size:
             advance(self.size - bytes_read)
+
+    def header_remark(self) -> str:
+        """A line if the file is a CSV file whose header looks like a row; otherwise empty. Raises as `rows`."""
+        if not is_csv(self.files[self.number].path):
+            return ""
+        rows = [row.values for row in islice(self.rows(), _CHECKED_ROWS) if isinstance(row, Row)]
+        if not rows or not readers.is_doubtful_header([*rows[0]], rows):
+            return ""
+        shown = listed([repr(name if len(name) < _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…") for name in rows[0]])
+        return f"{self.name}: the first line names the columns, but looks like a row ({shown}): if it is, {FIX_HEADER}"
 
 
 def file_slices(paths: list[Path], source: Source, sample_by: str = AUTO) -> list[FileSlice]:

@@ -28,6 +28,8 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 """A byte that is not UTF-8, as decoded by `surrogateescape`; valid UTF-8 never decodes to these characters."""
 _CSV_PIECE = re.compile(r"[^\n]*\n+|[^\n]+")
 """A line with the blank lines after it, which `csv.reader` takes at once, between records and within a cell."""
+_SEPARATOR_LINE = re.compile(r'"?sep=(?P<separator>[^\w\s"]|\t)"?(?P=separator)*', re.IGNORECASE)
+"""The line before the header by which Excel knows the separator; some programs quote it, or give it empty cells."""
 _FIX_LINE, _FIX_FILE = "correct the line, or remove it", "correct the file, or write it again"
 _FIX_ENCODING = "save the file as UTF-8"
 
@@ -116,8 +118,8 @@ def to_row(values: Any, where: str) -> RowOrProblem:
     """A JSON value as a row; a problem if the value is not an object."""
     if isinstance(values, dict):
         return Row(where, values)
-    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
-    kind = values.reason if isinstance(values, Unreadable) else kinds.get(type(values), "a number")
+    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text", int: "a number", float: "a number"}
+    kind = values.reason if isinstance(values, Unreadable) else kinds.get(type(values), type(values).__name__)
     what = f"a row must be an object with named fields, got {kind}"
     return Problem(Code.DATA_SYNTAX, what, where, fix="write each row as {...}")
 
@@ -264,11 +266,13 @@ class _CsvLines:
 def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines.
 
+    A line `sep=;` before the header gives another separator than a comma.
+
     Raises:
         DataError: The header is not valid, or a record of several lines is not valid: its quoted cell may contain any
             number of records.
     """
-    lines, header = _CsvLines(file), list[str]()
+    lines, header, separator = _CsvLines(file), list[str](), ""
     text = iter(lines)
     while True:
         line = lines.number
@@ -276,7 +280,10 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
             return
         if not first.strip("\r\n"):
             continue
-        reader = csv.reader(chain((first,), text), strict=True)
+        if not (header or separator) and (match := _SEPARATOR_LINE.fullmatch(first.rstrip("\r\n"))):
+            separator = match["separator"]
+            continue
+        reader = csv.reader(chain((first,), text), delimiter=separator or ",", strict=True)
         try:
             cells = next(reader)
         except csv.Error as error:
@@ -288,7 +295,7 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         if cells and header:
             yield _record(cells, header, name, line)
         elif cells:
-            header = _header(cells, name, line)
+            header = _header(cells, name, line, separator)
 
 
 def _record(cells: list[str], header: list[str], name: str, line: int) -> RowOrProblem:
@@ -310,16 +317,51 @@ def _byte_problem(cells: list[str], name: str, line: int) -> Problem | None:
     return Problem(Code.DATA_SYNTAX, what, f"{name}:{line}", fix=_FIX_ENCODING)
 
 
-def _header(names: list[str], name: str, line: int) -> list[str]:
-    """The names of the columns. Raises DataError: they are not valid."""
+def _header(names: list[str], name: str, line: int, separator: str) -> list[str]:
+    """The names of the columns. separator: as the file names it. Raises DataError: they are not valid."""
     where = f"{name}:{line}"
     problem = _byte_problem(names, name, line) or duplicate_columns(names, where)
-    if len(names) == 1 and (separators := {";", "\t"}.intersection(names[0])):
-        what = f"the header has no comma, but {' and '.join(map(repr, sorted(separators)))}"
-        problem = Problem(Code.DATA_SYNTAX, what, where, fix="write the file with commas between the cells")
+    if len(names) == 1 and not separator and (others := {";", "\t"}.intersection(names[0])):
+        what = f"the header has no comma, but {' and '.join(map(repr, sorted(others)))}"
+        fix = (
+            "write the file with commas between the cells, or a line before the header that names the separator: sep=;"
+        )
+        problem = Problem(Code.DATA_SYNTAX, what, where, fix=fix)
     if problem:
         raise DataError(problem)
     return names
+
+
+def is_doubtful_header(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the header of a CSV file looks like a row, by the first rows.
+
+    It does if a name is one of several values of its column, as a class is; if it is a number, as all values of its
+    column are; or if it is a long text, or a sentence where no other name looks like that of a column.
+    """
+    numbers = [*map(str, range(len(names) + 1))]
+    if [*names] in (numbers[:-1], numbers[1:]):  # those that pandas and spreadsheets give
+        return False
+    rows = [row for row in rows if any(name != row[name] for name in names)]  # a header may be repeated
+    if any(_is_value(name, [row[name] for row in rows if row[name]]) for name in names):
+        return True
+    words = [len(name.split()) for name in names]
+    is_named = any(_COLUMN_NAME.fullmatch(name) for name in names)
+    return max(words) >= _LONG or (max(words) >= _SENTENCE and not is_named)
+
+
+_SENTENCE, _LONG = 6, 20
+"""Words from which a name is a sentence; and from which no file of a survey has such questions as its header."""
+_COLUMN_NAME = re.compile(r"[a-z]\w*|\w+_\w+|(?i:timestamp|date|id|name|url)")
+_NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?\s*")
+_YEAR = re.compile(r"(19|20)\d\d")
+
+
+def _is_value(name: str, values: Sequence[str]) -> bool:
+    """Whether the name of a column is rather one of its values."""
+    if _NUMBER.fullmatch(name) and not _YEAR.fullmatch(name) and values and all(map(_NUMBER.fullmatch, values)):
+        return True
+    count = values.count(name)
+    return count > len(values) // 500 and len({*values}) > 1
 
 
 def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
@@ -332,9 +374,12 @@ def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
     values = dict(pairs)
-    if len(values) == len(pairs):
-        return values
-    name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    return values if len(values) == len(pairs) else repeated_key([name for name, _ in pairs])
+
+
+def repeated_key(names: Sequence[str]) -> Unreadable:
+    """What stands for an object with these keys, of which one is repeated."""
+    name = next(name for name, count in Counter(names).items() if count > 1)
     return Unreadable(f"an object with the key `{name}` twice")
 
 

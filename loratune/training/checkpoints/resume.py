@@ -79,7 +79,7 @@ class ResumePoint:
 
         Args:
             current: The record of this run.
-            base: The fingerprint of the base, in the version of the one that the checkpoint holds.
+            base: The fingerprint of the base.
 
         Raises:
             ResumeError: Rows or base have changed.
