@@ -100,9 +100,9 @@ class Findings:
             {**known, **self.forms}.items(), key=lambda one: (one[0].name, one[0].digest, one[0].switches)
         ):
             if form is not None:
-                releases = layers.setdefault(layer.name, {})
+                by_digest = layers.setdefault(layer.name, {})
                 entry = {"form": form, "switches": json.loads(layer.switches)}
-                releases.setdefault(layer.digest, []).append(entry)
+                by_digest.setdefault(layer.digest, []).append(entry)
         return {"checked_with": {"transformers": sorted(releases, key=Version)}, "layers": layers}
 
     def lost(self, known: Mapping[Layer, str | None]) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from check_layers import Findings
 from families import FAMILIES, build, small
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -100,6 +102,25 @@ def test_a_class_or_child_that_has_changed_is_detected() -> None:
     assert is_known(name, known[name]) and not is_known(name, {"0" * 16: known[name][digest_of(name)]})
     other = json.loads(json.dumps(known[name]).replace("SiLUActivation ", "SiLUActivation 0"))
     assert not is_known(name, other) and not is_known(f"{name}OfAnotherName", known[name])
+
+
+def test_another_release_is_added_to_the_list() -> None:
+    """What is known of other releases stays, but for a layer that was compared again with another result."""
+    known = dict(recognition.checked())
+    mlp, norm, attention = (
+        next(layer for layer in known if layer.name.endswith(f".Llama{kind}"))
+        for kind in ("MLP", "RMSNorm", "Attention")
+    )
+    changed, wrong = replace(mlp, digest="0" * 16), replace(norm, digest="0" * 16)
+    verdicts = {changed: {"gated": True}, wrong: {"norm": False}, attention: {"attention": False}}
+    findings = Findings(verdicts)
+    added = findings.listed(known, ["5.100.0", "5.24.0"])
+    assert added["checked_with"] == {"transformers": ["5.24.0", "5.100.0"]}
+    assert {*added["layers"][mlp.name]} == {mlp.digest, changed.digest} and {*added["layers"][norm.name]} == {
+        norm.digest
+    }
+    assert attention.name not in added["layers"] and len(added["layers"]) == len({one.name for one in known}) - 1
+    assert findings.lost(known) == sorted([norm.name, attention.name])
 
 
 class Patched(LlamaRMSNorm):
