@@ -35,7 +35,7 @@ VARLEN = "loratune-varlen"
 """The name under which attention row by row is registered."""
 NORMS = {"norm": 0.0, "norm that adds 1": 1.0}
 """Form of a norm, as named in the list of checked layers → what it adds to its weight."""
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """What lets keys have fewer heads than queries. The kernel of torch 2.11 and 2.12 can do it without being asked."""
 BLOCK = 128
 """Queries and keys of a block of a `BlockMask`."""

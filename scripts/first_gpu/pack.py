@@ -88,7 +88,10 @@ def reduce_bitsandbytes(wheel: Path, cuda: str, directory: Path) -> Path:
 def pip(python: str, verb: str, *arguments: object) -> str:
     """What a command of pip prints, for another Python on Linux on x86-64. Ends the program where it fails."""
     legacy = ("manylinux2014", "manylinux2010", "manylinux1", "linux")
-    platforms = [*(f"manylinux_2_{glibc}_x86_64" for glibc in range(GLIBC, 4, -1)), *(f"{one}_x86_64" for one in legacy)]
+    platforms = [
+        *(f"manylinux_2_{glibc}_x86_64" for glibc in range(GLIBC, 4, -1)),
+        *(f"{one}_x86_64" for one in legacy),
+    ]
     command = [
         sys.executable, "-m", "pip", "--disable-pip-version-check", verb, "--quiet", "--only-binary=:all:",
         f"--python-version={python}", "--implementation=cp", *(f"--platform={one}" for one in platforms),
@@ -101,8 +104,8 @@ def pip(python: str, verb: str, *arguments: object) -> str:
 
 
 def chosen(python: str, torch: str, wheel: Path) -> list[str]:
-    """What a wheel of loratune needs with this version of torch, and with its extra for the quickstart: `name==version`,
-    without torch and what only torch needs."""
+    """What a wheel of loratune with its extra for the quickstart needs beside this version of torch, and what torch does
+    not bring: `name==version`."""
     with TemporaryDirectory() as name:
         about = f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}{MACHINES}\n".encode()
         tag = b"Wheel-Version: 1.0\nGenerator: loratune\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -169,12 +172,16 @@ def pack(directory: Path, python: str, torch: str, cuda: str) -> list[Path]:
 
 def parcels_in(directory: Path) -> list[Path]:
     """The parcels that are there."""
-    return sorted(one for name in ("wheels", "bitsandbytes", "large", "model") for one in directory.glob(f"{name}-[0-9]*"))
+    return sorted(
+        one for name in ("wheels", "bitsandbytes", "large", "model") for one in directory.glob(f"{name}-[0-9]*")
+    )
 
 
 def main() -> None:
     """Make the parcels, and print their sizes."""
-    parser = argparse.ArgumentParser(prog="gpu.sh pack", description="Make the parcels for a machine without a network.")
+    parser = argparse.ArgumentParser(
+        prog="gpu.sh pack", description="Make the parcels for a machine without a network."
+    )
     parser.add_argument("directory", type=Path, nargs="?", default=ROOT / "gpu-parcels", metavar="DIR")
     parser.add_argument("--python", default="3.12", help="of the machine (default: 3.12)")
     parser.add_argument("--torch", default="2.11.0", help="of the machine (default: 2.11.0)")
