@@ -141,9 +141,9 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Te
 
 def attention(device: torch.device) -> Iterator[Case]:
     """Attention over packed rows, in the shapes of Llama 2 7B, SmolLM2 and Llama 3 8B, and with a window."""
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    positions = send(torch.cat([torch.arange(length) for length in LENGTHS])[None], device)
     for heads, keys, size, window in ((32, 32, 128, None), (9, 3, 64, None), (32, 8, 128, None), (32, 8, 128, 100)):
-        inputs = [torch.randn(1, count, len(positions), size, device=device) for count in (heads, keys, keys)]
+        inputs = [torch.randn(1, count, positions.shape[1], size, device=device) for count in (heads, keys, keys)]
         stock = partial(by_rows, window=window)
         for name, kernel in (("rows", gpu.RowAttention()), ("FlexAttention", gpu.TreeAttention())):
             told = f"attention by {name}, {heads}/{keys} heads of {size}{f', window {window}' if window else ''}"
@@ -154,7 +154,7 @@ def attended(
     kernel: gpu.RowAttention, positions: Tensor, window: int | None, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     """The result of a kernel of loratune."""
-    return kernel.attend(query, key, value, send(positions[None], query.device), window, None)
+    return kernel.attend(query, key, value, positions, window, None)
 
 
 def norms(device: torch.device) -> Iterator[Case]:

@@ -104,8 +104,8 @@ def pip(python: str, verb: str, *arguments: object) -> str:
 
 
 def chosen(python: str, torch: str, wheel: Path) -> list[str]:
-    """What a wheel of loratune with its extra for the quickstart needs beside this version of torch, and what torch does
-    not bring: `name==version`."""
+    """The requirements of a wheel of loratune, with its extra for the quickstart, beside this version of torch, as
+    `name==version`. What only torch needs is not among them."""
     with TemporaryDirectory() as name:
         about = f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}{MACHINES}\n".encode()
         tag = b"Wheel-Version: 1.0\nGenerator: loratune\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

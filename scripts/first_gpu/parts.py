@@ -107,10 +107,8 @@ def weights(place: Place, name: str) -> str:
 
 
 def machine(place: Place) -> Iterator[Values]:
-    """The card, what is installed, and how fast bf16 GEMMs of a 7B shape are."""
+    """The card, and what is installed."""
     yield last_line(call("first_gpu.device", "facts"))
-    probed = last_line(call("peers.probe", base(place, "7b" if not place.dry else "smollm2"), place.device))
-    yield {"gemm_tflops": round(probed["flops"] / 1e12, 3)}
 
 
 def self_test(place: Place) -> Iterator[Values]:
@@ -118,7 +116,7 @@ def self_test(place: Place) -> Iterator[Values]:
     command = [sys.executable, "-m", "loratune", "env", "--self-test", "--json"]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
     if done.stdout.strip():
-        for check in json.loads(done.stdout.strip().splitlines()[-1])["self_test"]:
+        for check in json.loads(done.stdout)["self_test"]:
             yield {"check": check["name"], "result": check["result"], "detail": check["detail"]}
     if done.returncode:
         sys.exit(done.returncode)
@@ -126,19 +124,20 @@ def self_test(place: Place) -> Iterator[Values]:
 
 def kernels(place: Place) -> Iterator[Values]:
     """Each kernel for a GPU against its reference, forward and backward."""
-    found = call("first_gpu.device", "kernels", place.device)
-    yield from map(json.loads, found.output.splitlines())
+    command = [sys.executable, "-m", "first_gpu.device", "kernels", place.device]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
+        yield from map(json.loads, child.stdout or ())
+    if child.returncode:
+        sys.exit(child.returncode)
 
 
 def make(place: Place, name: str) -> Iterator[Values]:
-    """A base alone."""
-    start, was_there = time.monotonic(), (place.work / "bases" / name).is_dir()
+    """A base alone, and how fast bf16 GEMMs of its shapes are."""
     directory = base(place, name)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    yield {
-        "base": name, "weights": weights(place, name), "bytes": size, "was_there": was_there,
-        "made_in": round(time.monotonic() - start, 1),
-    }  # fmt: skip
+    yield {"base": name, "weights": weights(place, name), "bytes": size}
+    probed = last_line(call("peers.probe", directory, place.device))
+    yield {"base": name, "gemm_tflops": round(probed["flops"] / 1e12, 3)}
 
 
 def trained(place: Place, name: str, quantization: str, contestant: str) -> Iterator[Values]:
@@ -165,6 +164,7 @@ def trained(place: Place, name: str, quantization: str, contestant: str) -> Iter
     answer = json.loads((run / "answer.json").read_text(encoding="utf-8"))
     yield {
         "base": name, "weights": weights(place, name), "quantization": quantization, "with": contestant,
+        "device": place.device,
         **measured(answer, [len(row["input_ids"]) for row in read(model / "rows-in-order.jsonl")], rows),
         "gpu_bytes": answer["gpu_bytes"], "rss_bytes": child.rss, "process_seconds": round(child.seconds, 1),
         "losses": [round(one, 4) for one in answer["losses"]],

@@ -2,8 +2,9 @@
 
 Installs the parcels that `first_gpu.pack` made into WORK, where they come before the packages of the machine, and runs
 each part (`first_gpu.parts`) in a process group of its own that ends within four minutes. Each result becomes a line of
-OUT/results.jsonl with the keys part, status (ok, failed, or timeout), seconds of the part, and what was measured; the
-logs are beside it. Ends with a table of what ran now, and exit code 1 if anything failed.
+OUT/results.jsonl with the keys part, status (ok, failed, or timeout), seconds of the part, and what was measured, or
+error and stderr, the last line and the last lines of the log; the logs are beside it. Ends with a table of what ran
+now, and exit code 1 if anything failed.
 
 PART is the name of a part or its beginning (`smollm2`, `7b-8bit`); without any, all run. What a part needs, such as a
 base, is made by the first part that needs it, and stays in WORK. Pieces of the model's wheel that are carried one after
@@ -18,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +30,45 @@ from first_gpu.parts import PARTS, ROOT
 
 LIMIT = 240.0
 """Seconds of a part."""
+LAST = 10
+"""Lines of the log of a part that failed that are among its results."""
 Result = dict[str, Any]
 
 
-def install(parcels: Path, work: Path) -> Path:
-    """Install the wheels of the parcels. Returns the directory. Nothing is done if the same wheels were the last ones,
-    or if there are none. Ends the program if pip fails."""
+def install(parcels: Path, work: Path) -> list[Result]:
+    """Install the wheels of each parcel into `site`, unless the same wheels were the last ones, or there are none.
+
+    Returns a result for each parcel. One that cannot be installed stops no other; the parts that need it fail.
+    """
     site, stamp = work / "site", work / "installed.json"
-    wheels = [one for parcel in parcels_in(parcels) for one in sorted(parcel.glob("*.whl"))]
-    named = json.dumps([[one.name, one.stat().st_size, one.stat().st_mtime] for one in wheels])
+    wheels = {parcel.name: sorted(parcel.glob("*.whl")) for parcel in parcels_in(parcels)}
+    wheels = {name: found for name, found in wheels.items() if found}
+    named = json.dumps(
+        [[one.name, one.stat().st_size, one.stat().st_mtime] for found in wheels.values() for one in found]
+    )
     if not wheels or (stamp.is_file() and stamp.read_text(encoding="utf-8") == named):
-        return site
+        return []
     shutil.rmtree(site, ignore_errors=True)
     stamp.unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps",
-        "--no-compile", "--no-cache-dir", f"--target={site}", *map(str, wheels),
-    ]  # fmt: skip
-    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
-        sys.exit("error: pip could not install the parcels; were they made for this version of Python?")
-    stamp.write_text(named, encoding="utf-8")
-    return site
+    results = list[Result]()
+    for name, found in wheels.items():
+        command = [
+            sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps",
+            "--no-compile", "--no-cache-dir", f"--target={site}", *map(str, found),
+        ]  # fmt: skip
+        start = time.monotonic()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        head = {"part": "install", "status": "ok", "seconds": round(time.monotonic() - start, 1), "parcel": name}
+        results.append(head | failure("failed", done.stderr) if done.returncode else head)
+    if all(one["status"] == "ok" for one in results):
+        stamp.write_text(named, encoding="utf-8")
+    return results
+
+
+def failure(status: str, log: str) -> Result:
+    """What the result of a failure has. status: failed or timeout; log: what was printed on stderr."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return {"status": status, "error": lines[-1][:300] if lines else "it printed nothing", "stderr": lines[-LAST:]}
 
 
 def keep_pieces(parcels: Path, work: Path) -> None:
@@ -98,33 +118,27 @@ def run_part(name: str, command: Sequence[str], logs: Path, variables: Mapping[s
         output.seek(0)
         found = [json.loads(line) for line in output if line.startswith("{") and line.endswith("}\n")]
     head = {"part": name, "status": "ok", "seconds": round(time.monotonic() - start, 1)}
+    results = [head | one for one in found]
     if status == "ok" and found:
-        return [head | one for one in found]
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    why = lines[-1][:300] if lines else "it printed nothing"
-    return [*(head | one for one in found), head | {"status": "failed" if status == "ok" else status, "error": why}]
+        return results
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return [*results, head | failure("failed" if status == "ok" else status, text)]
 
 
-def run(commands: Mapping[str, Sequence[str]], out: Path, variables: Mapping[str, str], limit: float = LIMIT) -> int:
-    """Run parts one after the other, whether or not those before succeeded, and append their results to
-    `results.jsonl`. Prints a line for each. Returns how many failed.
+def run(
+    commands: Mapping[str, Sequence[str]], out: Path, variables: Mapping[str, str], limit: float
+) -> Iterator[list[Result]]:
+    """Run parts one after the other, whether or not those before succeeded. Yields the results of each.
 
     Args:
         commands: Name of a part → its command.
-        out: Of the results; logs are in `logs` there.
+        out: Receives a directory `logs`.
         variables: The environment of the parts.
         limit: Seconds of a part.
     """
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    failed = 0
     for name, command in commands.items():
-        results = run_part(name, command, out / "logs", variables, limit)
-        with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(one) + "\n" for one in results)
-        failed += results[-1]["status"] != "ok"
-        for one in results:
-            print(line(one), flush=True)
-    return failed
+        yield run_part(name, command, out / "logs", variables, limit)
 
 
 def line(result: Result) -> str:
@@ -160,22 +174,35 @@ def main() -> None:
         "--parcels", type=Path, default=ROOT / "gpu-parcels", metavar="DIR", help="default: gpu-parcels"
     )
     parser.add_argument("--work", type=Path, default=ROOT / "gpu-work", help="what is installed and made stays here")
-    parser.add_argument("--out", type=Path, help="of results.jsonl and logs (default: WORK/results)")
+    parser.add_argument(
+        "--out", type=Path, help="of results.jsonl and logs (default: WORK/results, with --dry WORK/results-dry)"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"of a part (default: {LIMIT:.0f})"
+    )
     options = parser.parse_args()
     chosen = [name for name in PARTS if not options.parts or name.startswith(tuple(options.parts))]
     if unknown := [one for one in options.parts if not any(name.startswith(one) for name in PARTS)]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    out = (options.out or work / "results").absolute()
+    out = (options.out or work / f"results{'-dry' if options.dry else ''}").absolute()
+    out.mkdir(parents=True, exist_ok=True)
     keep_pieces(options.parcels, work)
-    site = install(options.parcels, work)
     dry = ["--dry"] if options.dry else []
     commands = {name: [sys.executable, "-m", "first_gpu.parts", name, str(work), *dry] for name in chosen}
-    failed = run(commands, out, environment(site, work, dry=options.dry))
-    results = [json.loads(text) for text in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    print(f"\n{table(results)}\n{failed} of {len(chosen)} parts failed; results are in {out}")
-    sys.exit(failed > 0)
+    variables = environment(work / "site", work, dry=options.dry)
+    all_results = list[Result]()
+    for results in chain([install(options.parcels, work)], run(commands, out, variables, options.limit)):
+        with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(one) + "\n" for one in results)
+        for one in results:
+            print(line(one), flush=True)
+        all_results += results
+    failed = sorted({one["part"] for one in all_results if one["status"] != "ok"})
+    told = f"failed: {', '.join(failed)}" if failed else "nothing failed"
+    print(f"\n{table(all_results)}\n{told}; results are in {out}")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
