@@ -19,4 +19,4 @@ command=$1
 shift
 scripts=$(cd "$(dirname "$0")" && pwd)
 # Without PYTHONSAFEPATH, the working directory would come before what is installed.
-PYTHONSAFEPATH=1 PYTHONPATH=$scripts exec "${PYTHON:-python3}" -m "first_gpu.$command" "$@"
+PYTHONSAFEPATH=1 PYTHONPATH=$scripts${PYTHONPATH:+:$PYTHONPATH} exec "${PYTHON:-python3}" -m "first_gpu.$command" "$@"

@@ -201,7 +201,7 @@ def as_peft(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 def kernels(device: torch.device) -> Iterator[dict[str, Any]]:
     """The result of every case. An error is one, too, so that the others are still tried."""
-    for cases in (attention, norms, linears):
+    for cases in (norms, linears, attention):
         torch.manual_seed(0)
         for case in cases(device):
             try:

@@ -228,23 +228,21 @@ def adapter(place: Place) -> Iterator[Values]:
     yield {"merge_seconds": round(merge.seconds, 1), "merge": json.loads(merge.output)}
 
 
-PARTS: dict[str, Callable[[Place], Iterator[Values]]] = {
-    "machine": machine,
-    "self-test": self_test,
-    "kernels": kernels,
-    "smollm2-make": partial(make, name="smollm2"),
-    "7b-make": partial(make, name="7b"),
-    **{
+def of_base(name: str) -> dict[str, Callable[[Place], Iterator[Values]]]:
+    """The parts that need nothing but a base."""
+    return {f"{name}-make": partial(make, name=name)} | {
         f"{name}-{'bf16' if quantization == 'none' else quantization}-{contestant}": partial(
             trained, name=name, quantization=quantization, contestant=contestant
         )
-        for name in ("smollm2", "7b")
         for quantization in ("none", "8bit", "4bit")
         for contestant in CONTESTANTS
-    },
-    "quickstart": quickstart,
-    "adapter": adapter,
-}
+    }
+
+
+PARTS: dict[str, Callable[[Place], Iterator[Values]]] = {
+    "machine": machine, "self-test": self_test, "kernels": kernels, **of_base("smollm2"), "quickstart": quickstart,
+    "adapter": adapter, **of_base("7b"),
+}  # fmt: skip
 """Name → what it does."""
 
 

@@ -82,7 +82,8 @@ def keep_pieces(parcels: Path, work: Path) -> None:
 
 def environment(site: Path, work: Path, *, dry: bool) -> dict[str, str]:
     """The environment of the parts. dry: without a card."""
-    paths = os.pathsep.join([str(site), str(ROOT / "scripts")])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = os.pathsep.join([str(site), str(ROOT / "scripts"), *filter(None, given)])
     variables = {
         "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "cache" / "huggingface"),
@@ -188,6 +189,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     out = (options.out or work / f"results{'-dry' if options.dry else ''}").absolute()
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what a part has started, too
     keep_pieces(options.parcels, work)
     dry = ["--dry"] if options.dry else []
     commands = {name: [sys.executable, "-m", "first_gpu.parts", name, str(work), *dry] for name in chosen}
