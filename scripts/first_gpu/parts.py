@@ -108,7 +108,7 @@ def weights(place: Place, name: str) -> str:
 
 def machine(place: Place) -> Iterator[Values]:
     """The card, and what is installed."""
-    yield last_line(call("first_gpu.device", "facts"))
+    yield last_line(call("first_gpu.machine"))
 
 
 def self_test(place: Place) -> Iterator[Values]:
@@ -124,7 +124,7 @@ def self_test(place: Place) -> Iterator[Values]:
 
 def kernels(place: Place) -> Iterator[Values]:
     """Each kernel for a GPU against its reference, forward and backward."""
-    command = [sys.executable, "-m", "first_gpu.device", "kernels", place.device]
+    command = [sys.executable, "-m", "first_gpu.kernels", place.device]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
         yield from map(json.loads, child.stdout or ())
     if child.returncode:
