@@ -78,7 +78,7 @@ def test_a_parcel_holds_at_most_60_mib(tmp_path: Path) -> None:
 
 
 def test_a_parcel_that_cannot_be_installed_stops_no_other(tmp_path: Path) -> None:
-    """Wheels are installed again only if there are others, or not all could be."""
+    """A parcel is installed again only if it could not be."""
     parcels, work = tmp_path / "parcels", tmp_path / "work"
     wheel(parcels / "wheels-1", "first_of_two", "1.0", {"first_of_two.py": b"value = 1\n"})
     broken = wheel(parcels / "bitsandbytes-1", "second_of_two", "1.0", {"second_of_two.py": b""})
@@ -93,9 +93,24 @@ def test_a_parcel_that_cannot_be_installed_stops_no_other(tmp_path: Path) -> Non
     assert (good["part"], good["parcel"], good["status"]) == ("install", "wheels-1", "ok")
     assert (work / "site" / "first_of_two.py").is_file()
     broken.write_bytes(whole)
-    assert [one["status"] for one in run.install(parcels, work)] == ["ok", "ok"]
+    assert [(one["parcel"], one["status"]) for one in run.install(parcels, work)] == [("bitsandbytes-1", "ok")]
     assert {path.name for path in (work / "site").glob("*.py")} == {"first_of_two.py", "second_of_two.py"}
     assert run.install(parcels, work) == run.install(tmp_path / "none", work) == []
+
+
+def test_wheels_stay_when_their_parcel_is_gone(tmp_path: Path) -> None:
+    """They are replaced by newer ones, also of another version."""
+    site = tmp_path / "site"
+    wheel(tmp_path / "1" / "wheels-1", "first_of_two", "1.0", {"first_of_two.py": b"value = 1\n"})
+    run.install(tmp_path / "1", tmp_path)
+    wheel(tmp_path / "2" / "bitsandbytes-1", "second_of_two", "1.0", {"second_of_two.py": b""})
+    run.install(tmp_path / "2", tmp_path)
+    assert (site / "first_of_two.py").is_file() and (site / "second_of_two.py").is_file()
+    wheel(tmp_path / "3" / "wheels-1", "first_of_two", "2.0", {"first_of_two.py": b"value = 2\n"})
+    assert [one["parcel"] for one in run.install(tmp_path / "3", tmp_path)] == ["wheels-1"]
+    assert (site / "first_of_two.py").read_bytes() == b"value = 2\n" and (site / "second_of_two.py").is_file()
+    assert {path.name for path in site.glob("first*.dist-info")} == {"first_of_two-2.0.dist-info"}
+    assert run.install(tmp_path / "3", tmp_path) == []
 
 
 def test_pieces_of_the_model_stay_when_their_parcel_is_gone(tmp_path: Path) -> None:

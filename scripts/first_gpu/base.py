@@ -8,6 +8,7 @@ tokens; `rows-in-order.jsonl` has them in the order in which loratune trains on 
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,8 +47,15 @@ def make_smollm2(work: Path, directory: Path) -> str:
         num_key_value_heads=3, max_position_embeddings=8192, bos_token_id=1, eos_token_id=256, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    write_tokenizer(directory)
     return "random"
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token for each byte, with one for padding, which plain Trainer needs."""
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(directory)
 
 
 def documents(tokenizer: object, count: int, length: int) -> Iterator[list[int]]:
@@ -78,18 +86,14 @@ def main() -> None:
     name, work, directory, device = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     count, length, batch = map(int, sys.argv[5:])
     unfinished = directory.with_name(f"{directory.name}.new")
-    subprocess.run(["rm", "-rf", unfinished], check=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     if name == "smollm2":
         made = make_smollm2(work, unfinished)
     else:
-        tokenizer = unfinished.with_name(f"{unfinished.name}.tokenizer")
-        tokenizer.mkdir(exist_ok=True)
-        made = "random"
-        own = directory.with_name(directory.name.replace("7b", "smollm2"))
-        source = own if own.is_dir() else tokenizer
-        if source == tokenizer:
-            byte_tokenizer().save_pretrained(tokenizer)
-        make_base(unfinished, "tiny" if device == "cpu" else "7B", source, device)
+        made, tokenizer = "random", directory.with_name(directory.name.replace("7b", "smollm2"))
+        if not tokenizer.is_dir():
+            write_tokenizer(tokenizer := work / "byte-tokenizer")
+        make_base(unfinished, "tiny" if device == "cpu" else "7B", tokenizer, device)
     write_rows(unfinished, count, length, batch)
     (unfinished / "made.json").write_text(json.dumps({"weights": made}), encoding="utf-8")
     unfinished.rename(directory)

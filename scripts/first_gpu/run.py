@@ -12,6 +12,7 @@ the other are also kept there.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from first_gpu.pack import parcels_in
+from first_gpu.pack import package, parcels_in
 from first_gpu.parts import PARTS, ROOT
 
 LIMIT = 240.0
@@ -36,32 +37,32 @@ Result = dict[str, Any]
 
 
 def install(parcels: Path, work: Path) -> list[Result]:
-    """Install the wheels of each parcel into `site`, unless the same wheels were the last ones, or there are none.
+    """Install the wheels of each parcel into `site`, unless it has them. What other parcels have brought stays there,
+    as parcels may come one after the other.
 
     Returns a result for each parcel. One that cannot be installed stops no other; the parts that need it fail.
     """
-    site, stamp = work / "site", work / "installed.json"
-    wheels = {parcel.name: sorted(parcel.glob("*.whl")) for parcel in parcels_in(parcels)}
-    wheels = {name: found for name, found in wheels.items() if found}
-    named = json.dumps(
-        [[one.name, one.stat().st_size, one.stat().st_mtime] for found in wheels.values() for one in found]
-    )
-    if not wheels or (stamp.is_file() and stamp.read_text(encoding="utf-8") == named):
-        return []
-    shutil.rmtree(site, ignore_errors=True)
-    stamp.unlink(missing_ok=True)
-    results = list[Result]()
-    for name, found in wheels.items():
+    site, results = work / "site", list[Result]()
+    stamp = site / "installed.json"
+    known: dict[str, str] = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    for parcel in parcels_in(parcels):
+        digests = {one: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(parcel.glob("*.whl"))}
+        new = [one for one, digest in digests.items() if known.get(package(one)) != digest]
+        if not new:
+            continue
+        for former in [old for one in new for old in site.glob(f"{one.name.split('-')[0]}-*.dist-info")]:
+            shutil.rmtree(former)
         command = [
             sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps",
-            "--no-compile", "--no-cache-dir", f"--target={site}", *map(str, found),
+            "--no-compile", "--no-cache-dir", "--upgrade", f"--target={site}", *map(str, new),
         ]  # fmt: skip
         start = time.monotonic()
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        head = {"part": "install", "status": "ok", "seconds": round(time.monotonic() - start, 1), "parcel": name}
+        head = {"part": "install", "status": "ok", "seconds": round(time.monotonic() - start, 1), "parcel": parcel.name}
         results.append(head | failure("failed", done.stderr) if done.returncode else head)
-    if all(one["status"] == "ok" for one in results):
-        stamp.write_text(named, encoding="utf-8")
+        known |= {package(one): "" if done.returncode else digests[one] for one in new}
+        site.mkdir(exist_ok=True)  # where pip has failed
+        stamp.write_text(json.dumps(known), encoding="utf-8")
     return results
 
 
