@@ -230,7 +230,8 @@ def adapter(place: Place) -> Iterator[Values]:
 
 def of_base(name: str) -> dict[str, Callable[[Place], Iterator[Values]]]:
     """The parts that need nothing but a base."""
-    return {f"{name}-make": partial(make, name=name)} | {
+    parts: dict[str, Callable[[Place], Iterator[Values]]] = {f"{name}-make": partial(make, name=name)}
+    return parts | {
         f"{name}-{'bf16' if quantization == 'none' else quantization}-{contestant}": partial(
             trained, name=name, quantization=quantization, contestant=contestant
         )
