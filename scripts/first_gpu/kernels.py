@@ -1,22 +1,19 @@
-"""What a card is and computes: `python -m first_gpu.device facts`, or `kernels DEVICE`.
+"""What the kernels for GPUs compute: `python -m first_gpu.kernels DEVICE`.
 
-`facts` prints one line of JSON; `kernels` one for each kernel of `loratune/kernels/gpu.py` and case: the largest
-relative differences of results and gradients in bfloat16 from a reference in float32, the same for what stock
-transformers and PEFT use, and milliseconds of both, forward and backward. Exits with 1 if a kernel is wrong.
+Prints a line of JSON for each kernel of `loratune/kernels/gpu.py` and case: the largest relative differences of results
+and gradients in bfloat16 from a reference in float32, the same for what stock transformers and PEFT use, and
+milliseconds of both, forward and backward. Exits with 1 if a kernel is wrong.
 """
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,41 +22,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from loratune.kernels import gpu, lora_linear
 from loratune.kernels.parity_check import relative_rms
 from loratune.kernels.transfer import send
-from loratune.system import release
 
-PACKAGES = (
-    "torch", "triton", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors",
-    "huggingface_hub", "numpy", "scipy", "pandas", "pyarrow", "liger-kernel", "flash-attn",
-)  # fmt: skip
 LENGTHS = (512, 37, 1, 300, 129, 450, 64, 256)
 """Tokens of the rows."""
 REPEATED = 10
 ALLOWED = 0.02
 """The largest difference from the reference, relative to its RMS; bfloat16 has 8 bits."""
 Compute = Callable[..., Tensor]
-
-
-def installed(name: str) -> str:
-    """The version of a package, empty if there is none."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
-def facts() -> dict[str, Any]:
-    """The machine as plain values."""
-    found: dict[str, Any] = {
-        "loratune": release.describe(), "python": platform.python_version(), "system": platform.platform(),
-        "cuda": torch.version.cuda or "", "gpu": "", "packages": {name: installed(name) for name in PACKAGES},
-    }  # fmt: skip
-    if torch.cuda.is_available():
-        known = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": known.name, "capability": f"{known.major}.{known.minor}", "gpu_bytes": known.total_memory,
-            "multiprocessors": known.multi_processor_count,
-        }  # fmt: skip
-    return found
 
 
 @dataclass(frozen=True)
@@ -170,6 +139,8 @@ def norms(device: torch.device) -> Iterator[Case]:
 
 def linears(device: torch.device) -> Iterator[Case]:
     """LoRA on quantized layers of 4096 x 4096; gradients also of A and B."""
+    import bitsandbytes  # noqa: PLC0415  a machine may lack it
+
     weight = torch.randn(4096, 4096) / 64
     for bits in ("8bit", "4bit"):
         layer: Any = (
@@ -203,24 +174,29 @@ def kernels(device: torch.device) -> Iterator[dict[str, Any]]:
     """The result of every case. An error is one, too, so that the others are still tried."""
     for cases in (norms, linears, attention):
         torch.manual_seed(0)
-        for case in cases(device):
-            try:
-                yield compared(case)
-            except Exception as error:
-                yield {"kernel": case.name, "right": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        try:
+            for case in cases(device):
+                try:
+                    yield compared(case)
+                except Exception as error:
+                    yield wrong(case.name, error)
+        except Exception as error:
+            yield wrong(cases.__name__, error)
+
+
+def wrong(name: str, error: Exception) -> dict[str, Any]:
+    """The result of an error."""
+    return {"kernel": name, "right": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main() -> None:
     """Print lines of JSON."""
-    if sys.argv[1] == "facts":
-        print(json.dumps(facts()))
-        return
-    wrong = list[str]()
-    for found in kernels(torch.device(sys.argv[2])):
+    failed = list[str]()
+    for found in kernels(torch.device(sys.argv[1])):
         print(json.dumps(found), flush=True)
-        wrong += [] if found.get("right", True) else [found["kernel"]]
-    if wrong:
-        sys.exit(f"wrong: {'; '.join(wrong)}")
+        failed += [] if found.get("right", True) else [found["kernel"]]
+    if failed:
+        sys.exit(f"wrong: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
