@@ -36,6 +36,7 @@ SAME: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Settings with which loratune trains what plain Trainer + PEFT trains."""
 Values = dict[str, Any]
+Part = Callable[["Place"], Iterator[Values]]
 
 
 @dataclass(frozen=True)
@@ -228,19 +229,17 @@ def adapter(place: Place) -> Iterator[Values]:
     yield {"merge_seconds": round(merge.seconds, 1), "merge": json.loads(merge.output)}
 
 
-def of_base(name: str) -> dict[str, Callable[[Place], Iterator[Values]]]:
+def of_base(name: str) -> dict[str, Part]:
     """The parts that need nothing but a base."""
-    parts: dict[str, Callable[[Place], Iterator[Values]]] = {f"{name}-make": partial(make, name=name)}
-    return parts | {
-        f"{name}-{'bf16' if quantization == 'none' else quantization}-{contestant}": partial(
-            trained, name=name, quantization=quantization, contestant=contestant
-        )
-        for quantization in ("none", "8bit", "4bit")
-        for contestant in CONTESTANTS
-    }
+    parts: dict[str, Part] = {f"{name}-make": partial(make, name=name)}
+    for quantization in ("none", "8bit", "4bit"):
+        for contestant in CONTESTANTS:
+            part = partial(trained, name=name, quantization=quantization, contestant=contestant)
+            parts[f"{name}-{'bf16' if quantization == 'none' else quantization}-{contestant}"] = part
+    return parts
 
 
-PARTS: dict[str, Callable[[Place], Iterator[Values]]] = {
+PARTS: dict[str, Part] = {
     "machine": machine, "self-test": self_test, "kernels": kernels, **of_base("smollm2"), "quickstart": quickstart,
     "adapter": adapter, **of_base("7b"),
 }  # fmt: skip
