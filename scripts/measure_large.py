@@ -35,8 +35,15 @@ VOCABULARY, POSITIONS = 49152, 4096
 STEP = re.compile(r"step +\d+/\d+ +loss")
 
 
-def make_base(directory: Path, shape: str) -> None:
-    """Write the base, a file for each layer and one for the rest, of which only one is in memory."""
+def make_base(directory: Path, shape: str, tokenizer: Path = SMOLLM2, device: str = "cpu") -> None:
+    """Write the base, a file for each layer and one for the rest, of which only one is in memory.
+
+    Args:
+        directory: Appears once it is whole.
+        shape: A key of `SHAPES`.
+        tokenizer: The directory whose tokenizer it gets.
+        device: Where the weights are drawn, which decides their values.
+    """
     import torch  # noqa: PLC0415  only this needs it
     from safetensors.torch import save_file  # noqa: PLC0415
     from transformers import LlamaConfig  # noqa: PLC0415
@@ -51,13 +58,13 @@ def make_base(directory: Path, shape: str) -> None:
         eos_token_id=2, pad_token_id=2, max_position_embeddings=POSITIONS, dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(unfinished)  # fmt: skip
-    for path in SMOLLM2.glob("*"):
+    for path in tokenizer.glob("*"):
         if path.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
             shutil.copy(path, unfinished)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        return torch.empty(*shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator).cpu()
 
     attention = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     gated = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}

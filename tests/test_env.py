@@ -560,6 +560,24 @@ def test_results_of_several_machines_are_beside_each_other(monkeypatch: pytest.M
     assert results.failed() == ["check of A"]
 
 
+def test_a_self_test_that_waits_for_the_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, where it is long."""
+    with noted() as lines:
+        run_checks(monkeypatch, a=lambda: time.sleep(0.5) or "")
+        assert lines == []
+        monkeypatch.setattr(self_test, "LONG_SECONDS", 0.2)
+        run_checks(monkeypatch, a=lambda: time.sleep(1) or "", b=lambda: time.sleep(1) or "")
+    assert len(lines) == 1 and "waits for the processor" in lines[0]
+
+
+@pytest.mark.parametrize(("options", "chosen"), [(["--self-test"], "passive"), ([], "None")])
+def test_threads_of_the_self_test_do_not_spin(options: list[str], chosen: str, tmp_path: Path) -> None:
+    """OpenMP reads it as torch is loaded. With two busy programs beside it, spinning took four times the processor."""
+    (tmp_path / "torch.py").write_text("import os\nraise ValueError(f'policy: {os.environ.get(\"OMP_WAIT_POLICY\")}')")
+    ran = process("env", *options, PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
+    assert f"policy: {chosen}" in ran.out + ran.err
+
+
 def test_results_that_cannot_be_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept.write_text("")
     with noted() as lines:

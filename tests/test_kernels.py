@@ -625,10 +625,10 @@ def test_checkpoints_have_the_same_tensor_names() -> None:
 
 def row_by_row(
     query: Tensor, key: Tensor, value: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, *,
-    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    scale: float, window_size: tuple[int, int], **grouped: bool,
 ) -> Tensor:  # fmt: skip
     """The result of torch's kernel for rows of unequal length, which exists only on GPUs."""
-    assert enable_gqa and window_size[1] == 0
+    assert grouped == gpu.GROUPED and window_size[1] == 0
     result = []
     for first, end in pairwise(begins.tolist()):
         assert end - first <= longest

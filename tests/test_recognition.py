@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import small
+from check_layers import Findings
+from families import FAMILIES, build, small
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import masking_utils
@@ -38,14 +40,87 @@ def test_llama_layers_are_recognized() -> None:
     assert form_of(LlamaRMSNorm(64)) == "norm"
 
 
-def test_reviewed_list_matches_the_installed_transformers() -> None:
-    """A new release may change layers. They keep their own forward until reviewed with `scripts/check_layers.py`."""
-    listed = json.loads(LIST.read_text(encoding="utf-8"))
-    if transformers.__version__ not in listed["checked_with"]["transformers"]:
-        pytest.skip(f"not checked with transformers {transformers.__version__}")
-    for name, releases in listed["layers"].items():
-        place, _, kind = name.rpartition(".")
-        assert source_digest(getattr(importlib.import_module(place), kind)) in releases, name
+# Releases of transformers
+
+ADD = f"run `python scripts/check_layers.py --add` with transformers {transformers.__version__}"
+NOT_BUILT = {"CpmAntLayerNorm", "xLSTMRMSNorm", "Zamba2Attention"}
+"""Classes that no family has by default with the switches of the list."""
+CHANGED: dict[str, str] = {}
+"""Name of a class of the list → the release that changed it so that no kernel computes the same, or that has it no
+more."""
+
+
+def listed() -> dict[str, Any]:
+    return {
+        name: entries
+        for name, entries in json.loads(LIST.read_text(encoding="utf-8"))["layers"].items()
+        if name not in CHANGED
+    }
+
+
+def digest_of(name: str) -> str:
+    """The digest of a class in the installed release; empty if there is no such class."""
+    place, _, kind = name.rpartition(".")
+    try:
+        return source_digest(getattr(importlib.import_module(place), kind))
+    except (ImportError, AttributeError):
+        return ""
+
+
+def is_known(name: str, entries: dict[str, Any]) -> bool:
+    """Whether a class and the classes of its children are in the installed release as they are in the list."""
+    classes = [
+        [child.split() for child in entry["switches"]["children"].values() if " " in child]
+        for entry in entries.get(digest_of(name), [])
+    ]
+    return any(all(digest_of(child) == digest for child, digest in children) for children in classes)
+
+
+def test_acceleration_covers_the_installed_transformers() -> None:
+    """A class that a release changes keeps its own forward, until it was compared with the kernels again."""
+    unknown = [f"{name} ({form_in(entries)})" for name, entries in listed().items() if not is_known(name, entries)]
+    assert unknown == [], f"not accelerated any more; {ADD}"
+
+
+def form_in(entries: dict[str, Any]) -> str:
+    return str(next(iter(entries.values()))[0]["form"])
+
+
+@pytest.mark.slow
+def test_all_families_have_the_layers_that_are_accelerated() -> None:
+    """A release may also change what a configuration sets, or move a family to other classes."""
+    recognized = set()
+    for model_type in FAMILIES:
+        kinds = {type(module): module for module in build(model_type).modules() if form_of(module) is not None}
+        recognized |= {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
+    lost = [name for name in listed() if name not in recognized and name.rpartition(".")[2] not in NOT_BUILT]
+    assert lost == [], f"not accelerated any more; {ADD}"
+
+
+def test_a_class_or_child_that_has_changed_is_detected() -> None:
+    name, known = "transformers.models.llama.modeling_llama.LlamaMLP", listed()
+    assert is_known(name, known[name]) and not is_known(name, {"0" * 16: known[name][digest_of(name)]})
+    other = json.loads(json.dumps(known[name]).replace("SiLUActivation ", "SiLUActivation 0"))
+    assert not is_known(name, other) and not is_known(f"{name}OfAnotherName", known[name])
+
+
+def test_another_release_is_added_to_the_list() -> None:
+    """What is known of other releases stays, but for a layer that was compared again with another result."""
+    known = dict(recognition.checked())
+    mlp, norm, attention = (
+        next(layer for layer in known if layer.name.endswith(f".Llama{kind}"))
+        for kind in ("MLP", "RMSNorm", "Attention")
+    )
+    changed, wrong = replace(mlp, digest="0" * 16), replace(norm, digest="0" * 16)
+    verdicts = {changed: {"gated": True}, wrong: {"norm": False}, attention: {"attention": False}}
+    findings = Findings(verdicts)
+    added = findings.listed(known, ["5.100.0", "5.24.0"])
+    assert added["checked_with"] == {"transformers": ["5.24.0", "5.100.0"]}
+    assert {*added["layers"][mlp.name]} == {mlp.digest, changed.digest} and {*added["layers"][norm.name]} == {
+        norm.digest
+    }
+    assert attention.name not in added["layers"] and len(added["layers"]) == len({one.name for one in known}) - 1
+    assert findings.lost(known) == sorted([norm.name, attention.name])
 
 
 class Patched(LlamaRMSNorm):

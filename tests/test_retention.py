@@ -19,8 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import loratune
 from loratune.codes import Code
 from loratune.compare import behavior
+from loratune.config import RetentionSection
 from loratune.lora import tensors
+from loratune.system.launcher import Group
 from loratune.training import reference, retention
+from loratune.training.batching import DistributedBatchSampler
+from loratune.training.retention import Retention, RetentionText, TextsOfStep
 
 SETTINGS = {"kl_weight": 2.0, "num_samples": 6, "max_new_tokens": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -63,14 +67,19 @@ def test_it_keeps_the_model_nearer_to_its_base(
 
 
 @pytest.mark.parametrize(
-    ("family", "accumulation"), [*dict.fromkeys(FAMILIES, 1).items(), ("llama", 2)], ids=lambda value: str(value)
+    ("family", "accumulation", "longest", "expected"),
+    [*((family, 1, 8, (1, 1, 8)) for family in FAMILIES), ("llama", 2, 8, (3, 1, 8)), ("llama", 2, 64, (1, 2, 54))],
+    ids=lambda value: str(value),
 )
 def test_three_steps_are_those_of_plain_torch(
-    family: str, accumulation: int, cli: Cli, run_config: MakeConfig, tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    family: str, accumulation: int, longest: int, expected: tuple[int, int, int], cli: Cli, run_config: MakeConfig,
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast,
 ) -> None:  # fmt: skip
     """Rows and texts one by one in stock transformers and PEFT, with divergences of the whole vocabulary, in which all
-    tokens but the most probable ones are added up. By SGD: AdamW makes as much of gradients that are nearly zero."""
+    tokens but the most probable ones are added up. By SGD: AdamW makes as much of gradients that are nearly zero.
+
+    The texts are a fifth of the tokens of the rows; where one is more, every second step has the beginning of one with
+    twice the weight, and the third step, which is the last, has one with the weight itself."""
     settings = {
         "optim": "sgd",
         "learning_rate": 0.5,
@@ -82,12 +91,16 @@ def test_three_steps_are_those_of_plain_torch(
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
     small(family, vocab_size=264, **FAMILIES[family]).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    path = run_config(model={"name_or_path": str(tmp_path / "base")}, training=settings, retention=SETTINGS)
+    path = run_config(
+        model={"name_or_path": str(tmp_path / "base")}, training=settings, data={"share_prefixes": False},
+        retention=SETTINGS | {"max_new_tokens": longest},
+    )  # fmt: skip
     _, logged = trained(cli, path, tmp_path / "ours")
     plan = loratune.plan(loratune.load_config(path, {"output_dir": tmp_path / "plan"}))
     reference.write_texts(plan)
     assert plan.retention is not None
-    texts, each = plan.retention.texts, plan.retention.texts_of_step
+    texts, (number, every, compared) = plan.retention.texts, expected
+    assert plan.retention.of_step == TextsOfStep(*expected)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(plan.config.model.name_or_path), tmp_path / "ours", is_trainable=True
@@ -103,7 +116,8 @@ def test_three_steps_are_those_of_plain_torch(
     for step in range(3):
         size = 4 * accumulation
         rows = [ROWS[number] for number in order[step * size : (step + 1) * size]]
-        numbers = range(step * accumulation * each, (step + 1) * accumulation * each)
+        first, has_some = step // every * number, every == 1 or step > 0
+        numbers = range(first, first + number) if has_some else ()
         total, count = torch.zeros(()), 0
         for row in rows:
             before = tokenizer(row["prompt"]).input_ids
@@ -115,7 +129,7 @@ def test_three_steps_are_those_of_plain_torch(
             count += ids.shape[1] - len(before)
         divergence, tokens = torch.zeros(()), 0
         for text in (texts[number % len(texts)] for number in numbers):
-            ids = torch.tensor([text.ids])
+            ids = torch.tensor([text.ids[: text.begin + compared]])
             with torch.no_grad(), model.disable_adapter():
                 of_base = model(ids).logits[0, text.begin - 1 : -1].softmax(-1)
             ours = model(ids).logits[0, text.begin - 1 : -1].softmax(-1)
@@ -125,14 +139,16 @@ def test_three_steps_are_those_of_plain_torch(
             ]
             divergence = divergence + (merged[0] * (merged[0].log() - merged[1].log())).sum()
             tokens += len(top)
-        loss, kept = total / count, divergence / tokens
+        loss, kept = total / count, divergence / max(1, tokens)
         losses.append(loss.item())
-        divergences.append(kept.item())
+        divergences += [kept.item()] * has_some
         optimizer.zero_grad()
-        (loss + 2.0 * kept).backward()
+        (loss + 2.0 * (every if step == 1 else 1) * kept).backward()
         optimizer.step()
     assert [step["loss"] for step in logged] == pytest.approx(losses, rel=1e-4)
-    assert [step["divergence"] for step in logged] == pytest.approx(divergences, rel=1e-3, abs=1e-5)
+    assert [step["divergence"] for step in logged if "divergence" in step] == pytest.approx(
+        divergences, rel=1e-3, abs=1e-5
+    )
     ours = load_file(tmp_path / "ours" / WEIGHTS)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -257,15 +273,126 @@ def test_a_base_that_cannot_write_trains_without_it_by_default(
     assert ran.code == 0 and (tmp_path / "again" / WEIGHTS).read_bytes() == plain, ran.err
 
 
-def test_short_rows_have_texts_in_some_of_the_steps(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """These have a weight that is higher by as much, and a report on other steps has no divergence."""
+Division = tuple[int, int, int]
+"""Processes, rows of a micro-step of each, micro-steps of an optimizer step."""
+LONG = [{"prompt": "what is " + "q" * (31 * n % 97), "completion": " " + "ab" * (17 * n % 43)} for n in range(1, 27)]
+COMPARED = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " none"} for row in LONG]
+DIVIDED: dict[str, tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]] = {
+    "packed": (LONG, {}),
+    "padded": (LONG, {"data": {"packing": "none"}}),
+    "packs": (LONG, {"data": {"packing": "full", "max_length": 150}}),
+    "short rows": (ROWS[:26], {"retention": {"max_new_tokens": 64}}),
+    "dpo": (COMPARED, {"training": {"objective": "dpo"}}),
+    "kto": ([row | {"label": number % 2 == 0} for number, row in enumerate(LONG)], {"training": {"objective": "kto"}}),
+}
+"""Rows and settings. The last step of an epoch has 2 rows instead of 8."""
+WHOLE: Division = (1, 8, 1)
+FAST: list[tuple[str, Division, Division]] = [
+    ("packed", WHOLE, (2, 1, 4)), ("padded", WHOLE, (1, 1, 8)), ("short rows", WHOLE, (2, 2, 2)),
+    ("packs", (1, 2, 4), (2, 2, 2)), ("dpo", WHOLE, (1, 2, 4)), ("kto", WHOLE, (2, 4, 1)),
+]  # fmt: skip
+"""Of each kind of rows two divisions. Packs have as many tokens as the rows of a micro-step may, so its size stays."""
+OTHERS = [
+    *((name, WHOLE, (1, 4, 2)) for name in ("packed", "padded", "kto")),
+    *((name, WHOLE, (2, 2, 2)) for name in ("packed", "padded", "dpo")),
+    ("packed", WHOLE, (1, 1, 8)), ("short rows", WHOLE, (1, 1, 8)), ("dpo", WHOLE, (2, 4, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "whole", "other"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+)
+def test_the_division_of_a_step_does_not_change_it(
+    name: str, whole: Division, other: Division, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Neither over micro-steps nor over processes. By SGD: AdamW makes steps of rounding errors where a weight has
+    hardly any gradient, which moved two of the 3,584 weights of kto by 2e-4."""
+    rows, settings = DIVIDED[name]
+    data = {"train": str(write_rows(tmp_path / "divided.jsonl", rows))} | settings.get("data", {})
+    training = {"max_steps": 7, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.5}
+    training |= settings.get("training", {})
+    path = run_config(data=data, training=training, retention=SETTINGS | settings.get("retention", {}))
+    found = []
+    for count, size, accumulation in (whole, other):
+        output = tmp_path / f"{count} {size} {accumulation}"
+        values = {"output_dir": output, "training.per_device_train_batch_size": size}
+        values["training.gradient_accumulation_steps"] = accumulation
+        assignments = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+        children = processes.launch(count, "train", path, "--allow-worse", *assignments)
+        assert [child.wait() for child in children] == [0] * count, children[0].said()
+        found.append((load_file(output / WEIGHTS), record_of(output)["curve"]))
+    (expected, curve_of_whole), (tensors, curve_of_other) = found
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    assert all(float((tensors[key] - expected[key]).abs().max()) < 5e-6 * largest for key in expected)
+    values = [
+        [step["divergence"] for step in curve if "divergence" in step] for curve in (curve_of_whole, curve_of_other)
+    ]
+    assert values[1] == pytest.approx(values[0], abs=2e-6) and max(values[0]) > 1e-4
+
+
+class Member(Group):
+    """One process of several."""
+
+    def __init__(self, rank: int, count: int):
+        self.rank, self.count = rank, count  # type: ignore[misc]
+
+
+def planned(tokens: float, items: int, batches: int = 1) -> Retention:
+    """The retention of a run whose steps have so many tokens, with texts of 5 tokens that continue 4."""
+    section = RetentionSection(kl_weight=0.5, max_new_tokens=24)
+    made = Retention.of(section, [(1, 2, 3, 4)] * 12, tokens, items, batches)
+    made.texts = [RetentionText((1, 2, 3, 4, 5), 4, torch.zeros(1, 1).long().numpy(), torch.zeros(1, 1).numpy())] * 12
+    return made
+
+
+@pytest.mark.parametrize("tokens", [10.0, 100.0, 139.0, 141.0, 500.0])
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_the_mean_weight_of_the_steps_is_that_of_the_config(tokens: float, steps: int) -> None:
+    made = planned(tokens, 8)
+    has_texts = [bool(made.numbers(step, 8, is_last=step == steps - 1)) for step in range(steps)]
+    weights = [made.weight(step) * has for step, has in enumerate(has_texts)]
+    assert sum(weights) == 0.5 * steps and max(weights) <= 1.0
+    assert made.of_step.every == (1 if tokens > 140 else 2) and made.share < (0.2 if tokens > 100 else 1.1)
+    assert made.of_step.tokens == 24 if tokens >= 100 else 16
+
+
+@pytest.mark.parametrize("items", [8, 19, 24])
+@pytest.mark.parametrize(("count", "size", "accumulation"), [(1, 8, 1), (1, 1, 8), (2, 2, 2), (3, 1, 3), (4, 2, 1)])
+def test_the_texts_of_a_step_are_shared_evenly(items: int, count: int, size: int, accumulation: int) -> None:
+    """Each once in all, and a last step with fewer rows has as many fewer."""
+    whole = count * size * accumulation
+    made = planned(900.0, min(items, whole), count * accumulation)
+    parts = [
+        DistributedBatchSampler(items, size, 7, Member(rank, count), accumulation, made.numbers)
+        for rank in range(count)
+    ]
+    steps = -(-items // whole)
+    for epoch in range(2):
+        for part in parts:
+            part.set_epoch(epoch)
+        micro_steps = [
+            [[n - items for n in own if n >= items] for own in shares] for shares in zip(*parts, strict=True)
+        ]
+        for step in range(steps):
+            shares = [own for one in micro_steps[step * accumulation : (step + 1) * accumulation] for own in one]
+            rows = min(whole, items - step * whole)
+            expected = made.numbers(epoch * steps + step, rows)
+            assert sorted(number for own in shares for number in own) == sorted(expected)
+            assert len(expected) == max(1, 6 * rows // min(items, whole))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1 and max(map(len, shares)) <= made.of_batch
+
+
+def test_short_rows_have_texts_in_every_second_step(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """These have twice the weight, and a report on other steps has no divergence; the last of an odd number has one."""
     path = run_config(training={"max_steps": 9, "per_device_train_batch_size": 1}, retention={"kl_weight": "auto"})
     plan = loratune.plan(loratune.load_config(path))
     assert plan.retention is not None
-    assert (plan.config.retention.kl_weight, plan.retention.every, plan.retention.weight) == (1.0, 8, 8.0)
-    assert "; 1 beside the rows of one micro-step in 8" in str(plan.retention)
+    assert plan.retention.of_step == TextsOfStep(1, 2, 16)
+    line = "; the first 16 tokens of one beside the rows of every second step, with twice the weight, "
+    assert f"{line}{plan.retention.share:.0%} more tokens" in str(plan.retention)
     _, curve = trained(cli, path, tmp_path / "held", "--allow-worse")
-    assert [step["step"] for step in curve if "divergence" in step] == [1, 9]
+    assert [step["step"] for step in curve if "divergence" in step] == [2, 4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(("steps", "is_told"), [(2, True), (400, False)])

@@ -50,6 +50,8 @@ CURVE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """The largest difference of a loss from that of the stock loop, relative to the first loss, by dtype of the base."""
 LEAST_GAIN = 1.03
 """The factor from which on Liger's kernels count as faster."""
+LONG_SECONDS = 60.0
+"""Seconds after which a self-test that does not get the processor says so."""
 STEPS, COMPARED_STEPS, NEW_TOKENS = 20, 5, 12
 """Steps of sft, and of dpo and of other comparisons; tokens of an answer."""
 SHAPE = checked.SHAPE | {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
@@ -82,7 +84,8 @@ def run() -> list[Check]:
     Raises:
         ResourceError: There is no room for the models.
     """
-    found, why = list[Check](), ""
+    found, why, is_slow = list[Check](), "", False
+    began, computed = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(prefix="loratune-self-test-") as folder:
         with explain_full_disk("the models of the self-test", 4 << 20, Path(folder), "set TMPDIR to another disk"):
             tests = _SelfTest(Path(folder))
@@ -94,6 +97,10 @@ def run() -> list[Check]:
             faster = {results.LIGER_FASTER: PASSED if tests.is_liger_faster else NOT_AVAILABLE}
             why = results.record({name: result} | faster)
             found.append(Check(name, result, detail, round(time.monotonic() - start, 2)))
+            took, used = time.monotonic() - began, time.process_time() - computed
+            if not is_slow and took > LONG_SECONDS and used < took / 2:
+                is_slow = True
+                note(f"the self-test waits for the processor: other programs left it {used:.0f} of {took:.0f} s so far")
     if why:
         note(f"the results of the self-test are not kept: {why}")
     return found

@@ -1,6 +1,7 @@
 """The commands `init`, `params`, `schema` and `explain`, which create and explain configs, and `env`."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -179,6 +180,9 @@ def env(
     with boundary(debug):
         import loratune
 
+        if self_test and "torch" not in sys.modules:
+            # By default, threads of OpenMP spin for others that have no processor because other programs use it.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         found = loratune.environment(self_test=self_test)
 
         from loratune.api import display

@@ -5,6 +5,7 @@ The other layers are accelerated by `compile_layers` and by Liger's kernels, if 
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ VARLEN = "loratune-varlen"
 """The name under which attention row by row is registered."""
 NORMS = {"norm": 0.0, "norm that adds 1": 1.0}
 """Form of a norm, as named in the list of checked layers → what it adds to its weight."""
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""What lets keys have fewer heads than queries. The kernel of torch 2.11 and 2.12 can do it without being asked."""
 BLOCK = 128
 """Queries and keys of a block of a `BlockMask`."""
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -105,7 +108,7 @@ class RowAttention:
         queries, keys, values = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (query, key, value))
         result: Any = varlen_attn(
             queries, keys, values, bounds, bounds, longest, longest,
-            scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+            scale=scale, window_size=(-1 if window is None else window - 1, 0), **GROUPED,
         )  # fmt: skip
         attended: Tensor = result.view(rows, length, heads, size)
         return attended

@@ -150,7 +150,8 @@ def batch(
         saved, more = sharing(model, layouts["train"], section, acceleration)
         layout = layouts["train"]
         count = auto.items_of_step(training, len(layout.items), layout.size, group.count)
-        of_step = sharing(model, layout, section, acceleration, count)[0] if keeps_base(run) else saved
+        is_same = count == layout.size or not keeps_base(run)
+        of_step = saved if is_same else sharing(model, layout, section, acceleration, count)[0]
         tokens = step_tokens(train.rows.lengths, layout, count, of_step or 0.0)
     if saved is not None:
         limits = kernels.length_limits(model.config)

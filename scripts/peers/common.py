@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -32,6 +32,7 @@ class Job:
     converted: the model as the contestant's own converter made it, for those that have one (`contestants`).
     max_length: tokens that no row exceeds; pack_length: tokens of a pack, packs: how many of them make an update;
     padded_batch, accumulate: rows of a micro-step and micro-steps of an update, where rows are padded instead.
+    quantization: none, 8bit or 4bit, of the base.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Job:
     r: int = 8
     lora_alpha: int = 16
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    quantization: str = "none"
 
     @property
     def rows(self) -> list[Row]:
@@ -62,7 +64,8 @@ class Job:
 class Answer:
     """What a run took. seconds: of the training loop; first_step: when the first update was made, as time.time();
     updates: how many there were; gpu_bytes: the most that torch had allocated, 0 without a GPU; supervised: the
-    tokens with a label, None where it is not known; rest: seconds of the updates after the first."""
+    tokens with a label, None where it is not known; rest: seconds of the updates after the first; steps: seconds from
+    the end of each update to that of the next, on the device; losses: of each update, where each was logged."""
 
     seconds: float
     first_step: float
@@ -70,6 +73,8 @@ class Answer:
     gpu_bytes: int = 0
     supervised: int | None = None
     rest: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 class Clock:

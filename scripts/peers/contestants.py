@@ -36,14 +36,14 @@ class Contestant:
 CONTESTANTS = {
     "loratune": Contestant("loratune", "", (), "bf16, packing: full"),
     "loratune-compiled": Contestant(
-        "loratune", "", (), "with torch_compile", {"MODEL_SETTINGS": '{"torch_compile": true}'}, device="cuda"
+        "loratune", "", (), "with torch_compile", {"SETTINGS": '{"model": {"torch_compile": true}}'}, device="cuda"
     ),
     "loratune-liger": Contestant(
         "loratune",
         "",
         (),
         "with Liger's kernels (pip install liger-kernel)",
-        {"MODEL_SETTINGS": '{"use_liger_kernel": true}'},
+        {"SETTINGS": '{"model": {"use_liger_kernel": true}}'},
         device="cuda",
     ),
     **{
@@ -52,7 +52,7 @@ CONTESTANTS = {
             "",
             (),
             f"quantization: {bits}bit",
-            {"MODEL_SETTINGS": f'{{"quantization": "{bits}bit"}}'},
+            {"SETTINGS": f'{{"model": {{"quantization": "{bits}bit"}}}}'},
             device="cuda",
         )
         for bits in (8, 4)
@@ -62,7 +62,7 @@ CONTESTANTS = {
         "",
         (),
         "prefixes are shared, with FlexAttention",
-        {"DATA_SETTINGS": '{"share_prefixes": true}'},
+        {"SETTINGS": '{"data": {"share_prefixes": true}}'},
         device="cuda",
     ),
     "textbook": Contestant(

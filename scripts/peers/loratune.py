@@ -1,4 +1,7 @@
-"""loratune's own command line, in this process; a hook of torch tells when the first update was made."""
+"""loratune's own command line, in this process; a hook of torch tells when the first update was made.
+
+The variable SETTINGS has sections of the config as JSON, which change what is in `config` below.
+"""
 
 import json
 import os
@@ -24,14 +27,13 @@ def note(*_: Any) -> None:
 def config() -> Path:
     """The run as a config file."""
     # JSON is YAML.
-    settings = {
-        "model": {"name_or_path": task.model, **json.loads(os.environ.get("MODEL_SETTINGS", "{}"))},
+    settings: dict[str, Any] = {
+        "model": {"name_or_path": task.model, "quantization": task.quantization},
         "lora": {"r": task.r, "lora_alpha": task.lora_alpha, "target_modules": list(task.target_modules)},
         "data": {
             "train": task.train,
             "packing": "full",
             "max_length": task.max_length,
-            **json.loads(os.environ.get("DATA_SETTINGS", "{}")),
         },
         "training": {
             "learning_rate": task.learning_rate,
@@ -41,6 +43,8 @@ def config() -> Path:
         },
         "output_dir": task.adapter,
     }
+    for section, values in json.loads(os.environ.get("SETTINGS", "{}")).items():
+        settings[section] = settings.get(section, {}) | values
     path = Path(task.answer).with_name("config.yaml")
     path.write_text(json.dumps(settings), encoding="utf-8")
     return path
@@ -52,13 +56,18 @@ environment.limit_threads()  # As the command line does, before torch is loaded.
 import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
+from peers.steps import Steps  # noqa: E402
+
 sys.argv = ["loratune", "train", str(config()), "--debug"]
 register_optimizer_step_post_hook(note)
+steps = Steps()
 try:
     main()
 except SystemExit as end:
     if end.code:
         raise
-metrics = json.loads((Path(task.adapter) / "loratune.json").read_text(encoding="utf-8"))["metrics"]
+record = json.loads((Path(task.adapter) / "loratune.json").read_text(encoding="utf-8"))
+metrics = record["metrics"]
+losses = [float(point["loss"]) for point in record["curve"]]
 memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-reply(task, Answer(metrics["seconds"], first[0], metrics["steps"], memory))
+reply(task, Answer(metrics["seconds"], first[0], metrics["steps"], memory, steps=steps.seconds, losses=losses))

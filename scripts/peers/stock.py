@@ -2,21 +2,31 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from peers.common import Clock, Job, reply
+from peers.steps import Steps
 
 
 class Timing(transformers.TrainerCallback):
-    """Drives a `Clock`."""
+    """Drives a `Clock`.
+
+    Attributes:
+        losses: Those that were logged.
+    """
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a line of the log."""
+        self.losses += [one["loss"] for one in [kwargs["logs"]] if "loss" in one]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first update."""
@@ -47,10 +57,23 @@ def lora(job: Job) -> LoraConfig:
 
 
 def adapted(job: Job, dtype: torch.dtype) -> Any:
-    """The base in a dtype, with a fresh adapter in float32."""
+    """The base in a dtype, with a fresh adapter in float32; a quantized base as PEFT's documentation prepares it."""
     transformers.set_seed(job.seed)
-    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    quantized = job.quantization != "none"
+    options = {"quantization_config": bitsandbytes(job, dtype)} if quantized else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, **options)
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, lora(job))
+
+
+def bitsandbytes(job: Job, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """The quantization of a job. dtype: in which a base in 4 bit computes."""
+    if job.quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def settings(job: Job, **own: Any) -> dict[str, Any]:
@@ -100,11 +123,11 @@ def fit_padded(job: Job, model: Any, *, whole: bool = False, **own: Any) -> None
 
 def fit(job: Job, trainer: transformers.Trainer) -> None:
     """Train, save the adapter, and hand in what it took."""
-    timing = Timing()
+    timing, steps = Timing(), Steps()
     trainer.add_callback(timing)
     trainer.train()
     trainer.model.save_pretrained(job.adapter)
-    reply(job, timing.clock.answer(gpu_bytes()))
+    reply(job, replace(timing.clock.answer(gpu_bytes()), steps=steps.seconds, losses=timing.losses))
 
 
 def gpu_bytes() -> int:
