@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROWS, Ran, config_in, tree, write_rows
-from safetensors import safe_open
 
 import loratune
 from loratune.codes import Code
 from loratune.export import portable
-from loratune.lora import adapter_files, tensors
+from loratune.lora import adapter_files
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -204,17 +204,16 @@ def test_several_adapters_are_those_that_were_opened(place: Place, tmp_path: Pat
 def test_a_command_reports_that_its_adapter_is_replaced(
     place: Place, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the worst moment: the file of the weights is open, and safetensors opens it once more to map it."""
-    swapped = list[Path]()
+    """At the worst moment: safetensors has opened the file of the weights, and torch opens it once more to map it."""
+    swapped, map_file = list[str](), torch.UntypedStorage.from_file
 
-    def open_and_swap(path: Path, **options: Any) -> Any:
-        file = safe_open(path, **options)
-        if path.parent == place.path and not swapped:
-            swapped.append(path)
+    def swap_and_map(name: str, **options: Any) -> Any:
+        if name.startswith(str(place.path)):
+            swapped.append(name)
             shutil.rmtree(place.path)
-        return file
+        return map_file(name, **options)
 
-    monkeypatch.setattr(tensors, "safe_open", open_and_swap)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", swap_and_map)
     ran = cli("generate", "--adapter", place.fill(), *PROMPTS)
     assert swapped and ran.code == 5 and f"[{Code.ADAPTER_CHANGED}]" in ran.err, ran.err
 
