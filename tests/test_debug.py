@@ -84,9 +84,9 @@ def test_silent_handlers_are_detected(clause: str, is_silent: bool) -> None:
 def test_ignored_errors_of_a_run_are_logged_with_debug(
     run_config: MakeConfig, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that fails on the trial question, and damaged rows in the cache."""
+    """A template that fails on messages with marks, and damaged rows in the cache."""
     template = tmp_path / "chat.jinja"
-    refusal = "{% if messages[0].content == 'loratune?' %}{{ raise_exception('no such question') }}{% endif %}"
+    refusal = "{% if messages[0].content[-1] not in '012345678?!.s' %}{{ raise_exception('no such question') }}{% endif %}"
     template.write_text(refusal + CHAT_TEMPLATE)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in map(str, range(9))]
@@ -103,7 +103,7 @@ def test_ignored_errors_of_a_run_are_logged_with_debug(
         assert "debug:" not in quiet.err and "Traceback" not in quiet.err
     messages = runs[1].err
     assert re.search(
-        r"^debug: loratune\.[\w.]+: the chat template refuses a single question\nTraceback ", messages, re.M
+        r"^debug: loratune\.[\w.]+: the chat template fails on messages with marks\nTraceback ", messages, re.M
     )
     assert "no such question" in messages
     assert re.search(r"^debug: loratune\.[\w.]+: the rows in \S+ are not used\nTraceback ", messages, re.M)

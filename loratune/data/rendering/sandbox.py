@@ -5,6 +5,7 @@ and numbers longer in a single operation have the same bound. What takes long in
 can be interrupted between any two of them.
 """
 
+import logging
 import math
 import re
 import time
@@ -19,6 +20,8 @@ from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 from loratune.data.upstream import chat_template_environment
 from loratune.events import note
+
+_log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds after which a rendering is reported."""
@@ -123,7 +126,7 @@ def _compute(node: nodes.Expr, environment: Environment) -> None:
     except OverflowError:
         raise
     except Exception:
-        return  # as soon as a row needs it
+        _log.debug("a constant expression of the chat template fails", exc_info=True)  # as it does where a row needs it
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
