@@ -86,7 +86,7 @@ def test_ignored_errors_of_a_run_are_logged_with_debug(
 ) -> None:
     """A template that fails on messages with marks, and damaged rows in the cache."""
     template = tmp_path / "chat.jinja"
-    refusal = "{% if messages[0].content[-1] not in '012345678?!.s' %}{{ raise_exception('no such question') }}{% endif %}"
+    refusal = "{% if messages[0].content[-1] not in '012345678?!.s' %}{{ raise_exception('no such end') }}{% endif %}"
     template.write_text(refusal + CHAT_TEMPLATE)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in map(str, range(9))]
@@ -105,7 +105,7 @@ def test_ignored_errors_of_a_run_are_logged_with_debug(
     assert re.search(
         r"^debug: loratune\.[\w.]+: the chat template fails on messages with marks\nTraceback ", messages, re.M
     )
-    assert "no such question" in messages
+    assert "no such end" in messages
     assert re.search(r"^debug: loratune\.[\w.]+: the rows in \S+ are not used\nTraceback ", messages, re.M)
     assert logging.getLogger("loratune").handlers == []
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from loratune import __version__
 from loratune import config as configs
 from loratune.api import Overrides, Rows, StrPath, assignments, computing, default_state, libraries, training
 from loratune.codes import Code
 from loratune.config import RunConfig
-from loratune.config.arguments import checked, plain
+from loratune.config.arguments import check, checked, plain
 from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note
 from loratune.system import launcher, output_file
@@ -95,7 +95,7 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
 
 @checked
 def train(
-    config: RunConfig,
+    config: RunConfig | None,
     *,
     resume: bool | Sequence[str] = False,
     overwrite: bool = False,
@@ -111,7 +111,7 @@ def train(
     adapter at a time; other work of its threads has a turn between two steps.
 
     Args:
-        config: The config of the run.
+        config: The config of the run, which the main process reads; in the others it may be None.
         resume: Continue an interrupted run from its last checkpoint; or a sequence of keys whose values may have
             changed since.
         overwrite: Replace the adapter at `output_dir`, or an unfinished run.
@@ -136,10 +136,11 @@ def train(
         KeyboardInterrupt: The run was interrupted; its last step is saved as a checkpoint.
     """
     group = group or join_processes()
+    run_config = _of_main(config, group)
     with listening(on_event if group.main else None):
         with training():
             run, trained = train_now(
-                config, group, resume=resume, overwrite=overwrite, allow_worse=allow_worse, rows=rows,
+                run_config, group, resume=resume, overwrite=overwrite, allow_worse=allow_worse, rows=rows,
                 config_file=config_file,
             )  # fmt: skip
         from loratune.api.adapter import Adapter
@@ -181,7 +182,7 @@ def train_now(
 
 @checked
 def plan(
-    config: RunConfig,
+    config: RunConfig | None,
     *,
     resume: bool | Sequence[str] = False,
     overwrite: bool = False,
@@ -196,11 +197,12 @@ def plan(
     """
     began = time.monotonic()
     group = group or join_processes()
+    run_config = _of_main(config, group)
     with listening(on_event if group.main else None):
         place = None
         if group.main:
-            place = _run_directory(config, config_file, resume=resume, overwrite=overwrite, dry_run=True)
-        run = validated(config, place, group, resume=resume, rows=rows)
+            place = _run_directory(run_config, config_file, resume=resume, overwrite=overwrite, dry_run=True)
+        run = validated(run_config, place, group, resume=resume, rows=rows)
         with computing():
             with libraries():
                 from loratune.training import time_budget
@@ -342,6 +344,13 @@ def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False
     with file.opened() as writable:
         writable.write(text)
     return file.path
+
+
+def _of_main(config: RunConfig | None, group: Group) -> RunConfig:
+    """The config of a run, which the other processes receive from the main one. Raises ConfigError: that has none."""
+    if group.main:
+        check("config", config, RunConfig)
+    return cast(RunConfig, config)
 
 
 def _run_directory(
