@@ -263,7 +263,8 @@ def test_only_tokenizer_files_are_copied(trained: Path, tmp_path: Path, cli: Cli
     assert tree(tmp_path / "out").keys() == own
     code = json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}).encode()
     adapter = edited(trained, tmp_path / "b", files | {"tokenizer_config.json": code})
-    found = {path.name for path in AdapterDirectory.open(adapter).tokenizer_files()}
+    AdapterDirectory.open(adapter).copy_tokenizer(tmp_path / "copied")
+    found = tree(tmp_path / "copied").keys()
     assert "evil.py" in found and "config.json" not in found
 
 

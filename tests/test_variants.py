@@ -99,8 +99,8 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
         items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size)
     )
     plan: Any = SimpleNamespace(
-        training=settings, config=SimpleNamespace(lora=section), model=model, resume_point=None, best=None,
-        retention=None,
+        training=settings, config=SimpleNamespace(lora=section, training=settings), model=model, resume_point=None,
+        best=None, retention=None,
         run=SimpleNamespace(directory=SimpleNamespace(output=path)),
         batches=SimpleNamespace(train=batches, held_out=None, objective=SFT),
         base=SimpleNamespace(files=SimpleNamespace(check_unchanged_in_run=lambda: None)),

@@ -26,8 +26,6 @@ from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 from loratune.codes import Code
-from loratune.config.arguments import plain
-from loratune.config.yaml_files import kind_of
 from loratune.errors import ConfigError, Problem
 from loratune.events import LIBRARIES, EvaluationEvent, Event, StepEvent, listener, listening, progress
 from loratune.system import turns
@@ -38,6 +36,8 @@ Rows: TypeAlias = Any
 DataFrame."""
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[str]
 """Dotted config key → value, such as `{"training.max_steps": 50}`; or strings like `training.max_steps=50`."""
+Client: TypeAlias = Literal["peft", "vllm", "sglang", "gguf", "ollama"]
+MergedType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 MergedDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
@@ -46,6 +46,10 @@ def assignments(overrides: Overrides) -> list[str]:
     a config."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
+
+    from loratune.config.arguments import plain
+    from loratune.config.yaml_files import kind_of
+
     found, problems = list[str](), list[Problem]()
     for key, value in overrides.items():
         try:

@@ -7,12 +7,12 @@ from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO
 
 from loratune.adapter import options
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, Selection
-from loratune.api import Overrides, Rows, StrPath, assignments, computing, libraries
+from loratune.api import Client, MergedType, Overrides, Rows, StrPath, assignments, computing, libraries
 from loratune.codes import Code
 from loratune.config import DataSection, Source, files_read
 from loratune.config.arguments import checked
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _MOST_SCALES = 50
 """Scales that one command compares."""
-Client = Literal["peft", "vllm", "sglang", "gguf", "ollama"]
 
 
 class Adapters:
@@ -180,7 +179,7 @@ class Adapters:
         to: Client,
         output: StrPath,
         *,
-        merged: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
+        merged: MergedType | None = None,
         llama_cpp: StrPath | None = None,
         base_gguf: StrPath | None = None,
         verify: bool | None = None,

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from loratune.api import MergedDtype
+from loratune.api import Client, MergedDtype, MergedType
 from loratune.cli.application import (
     AdapterPath,
     AdapterScale,
@@ -34,10 +34,11 @@ def export(
         list[str],
         typer.Option("--adapter", metavar="[NAME=]DIR", help="The adapter directory; for --mix, repeat with names."),
     ],
-    to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, sglang, gguf or ollama.")],
+    to: Annotated[Client, typer.Option("--to", metavar="CLIENT", help="peft, vllm, sglang, gguf or ollama.")],
     output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
     merged: Annotated[
-        str | None, typer.Option("--merged", metavar="TYPE", help="Export the merged model, as f32, f16, bf16 or q8_0.")
+        MergedType | None,
+        typer.Option("--merged", metavar="TYPE", help="Export the merged model, as f32, f16, bf16 or q8_0."),
     ] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for its converters.")
@@ -78,10 +79,8 @@ def export(
 
         import loratune
 
-        client: Any = to
-        weights: Any = merged
         result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force, overrides=assignments).export(
-            client, output, merged=weights, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify,
+            to, output, merged=merged, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify,
             vllm_python=vllm_python, rows=data, overwrite=overwrite,
         )  # fmt: skip
 

@@ -287,12 +287,13 @@ class RunConfig(Section):
             yield InvalidSettingError(message, key, "lora.init_lora_weights", fix=fix)
 
     def without_effect(self) -> dict[str, str]:
-        """Key that is set, and that the run does not read → the reason, as the end of a sentence."""
+        """Key that is set, and that the run does not read → the reason, as the end of a sentence. `num_samples` is left
+        out, as run.yaml has it in any case."""
         objective, weight = self.training.objective, self.retention.kl_weight
         if weight != 0 and (weight != AUTO or objective == "sft"):
             return {}
         why = "as retention.kl_weight is 0" + (f", which auto is for {objective}" if weight == AUTO else "")
-        unread = self.retention.model_dump(exclude_defaults=True, exclude={"kl_weight"})
+        unread = self.retention.model_dump(exclude_defaults=True, exclude={"kl_weight", "num_samples"})
         return {f"retention.{key}": why for key in unread}
 
     @property
