@@ -29,8 +29,8 @@ _WIDTH = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{6}|\d*\.(\*|\d{6}))")
 """A conversion of `%` with a large width or precision, or with one that is an argument."""
 _LENGTHENING_METHODS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
 _LENGTHENING_FILTERS = ("batch", "center", "indent", "round", "tojson")
-_FOLDED = (nodes.BinExpr, nodes.Filter)
-"""Expressions that Jinja computes while it compiles a template, if all of their operands are constant."""
+_FOLDED = (nodes.Mul, nodes.Pow, nodes.Mod, nodes.Filter)
+"""Bounded expressions that Jinja computes while it compiles a template, if all of their operands are constant."""
 
 
 class _Rendering:
