@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -222,7 +223,10 @@ def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
     (ids,) = loaded.complete([loaded.renderer.prompt(UNEVEN[whole.index(long)], "")], 24, Sampling(stop=(stops[0],)))
     assert len(ids) == 4 and loaded.text(ids).endswith(stops[0])
     seed = torch.initial_seed()
-    adapter.generate(["a"], max_new_tokens=1, temperature=1.0, seed=3)
+    adapter.generate(["a"], max_new_tokens=1, temperature=2, seed=3)
+    adapter.generate(["a"], max_new_tokens=1, temperature=np.int64(2), seed=np.int64(3))
+    with pytest.raises(loratune.ConfigError, match="is not between"):
+        adapter.generate(["a"], temperature=10**400)
     assert torch.initial_seed() == seed
 
 

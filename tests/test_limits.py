@@ -156,6 +156,13 @@ def test_a_long_rendering_is_noted_and_interrupted(
     assert len(lines) == 1 and lines[0].startswith(f"{tmp_path / 'chats.jsonl'}:2: the chat template of ")
 
 
+def test_filters_take_large_numbers_as_values(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 1500000|tojson }}{{ m.number|tojson }}<|end|>{% endfor %}"
+    messages = tuple(message | {"number": 10**9} for message in CHAT.messages)
+    rendered = Renderer(changed(tokenizer, chat_template=template)).row(Conversation("rows:3", messages))
+    assert tokenizer.decode(rendered.ids).count("15000001000000000") == 2
+
+
 def test_templates_may_use_small_powers(tokenizer: PreTrainedTokenizerFast) -> None:
     template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 2 ** 10 }}<|end|>{% endfor %}"
     row = Renderer(changed(tokenizer, chat_template=template)).row(CHAT)

@@ -1,5 +1,6 @@
 """An adapter directory that a new run replaces while it is used: what was opened is used, or an error says so."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -228,3 +229,13 @@ def test_the_card_may_change_and_files_that_nothing_reads_may_appear(place: Plac
     (place.path / "extra_vocab.txt").write_text("")
     with pytest.raises(loratune.AdapterError), files.reading():
         pass
+
+
+@pytest.mark.parametrize("method", ["generate", "export"])
+def test_what_cannot_be_read_in_the_place_of_a_file_is_not_opened(method: str, place: Place, tmp_path: Path) -> None:
+    one = loratune.Adapter(place.fill())
+    assert one.config is not None
+    weights = place.path / adapter_files.WEIGHTS_FILE
+    weights.unlink()
+    os.mkfifo(weights)
+    assert outcome(lambda: METHODS[method](one, tmp_path)) is None

@@ -312,7 +312,7 @@ def _complete(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or None,
+        temperature=float(sampling.temperature) or None,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         eos_token_id=list(first.renderer.end_ids),

@@ -152,7 +152,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not least <= value <= most and not (name == "temperature" and value == 0):
                 fix = "0 takes the likeliest token" if name == "temperature" else ""
-                raise _refused(f"{value:g} is not between {least:g} and {most:,}", f"--{name.replace('_', '-')}", fix)
+                shown = f"{value:g}" if isinstance(value, float) else f"{value:,}"[:30]
+                raise _refused(f"{shown} is not between {least:g} and {most:,}", f"--{name.replace('_', '-')}", fix)
         for name in ("top_p", "top_k"):
             if not self.temperature and getattr(self, name) is not None:
                 raise _refused("only works with a temperature above 0", f"--{name.replace('_', '-')}")

@@ -41,6 +41,8 @@ def checked(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
                 expected = Sequence[expected] if kind is inspect.Parameter.VAR_POSITIONAL else expected  # type: ignore[valid-type]
                 bound.arguments[name] = as_python(value) if expected is Any else _taken(value)
                 problems += _problems(name, bound.arguments[name], expected)
+            elif name != "self":
+                bound.arguments[name] = _taken(value)  # checked where it is used
         if problems:
             raise ConfigError(problems)
         return function(*bound.args, **bound.kwargs)

@@ -164,7 +164,9 @@ def _states(directory: Path) -> _States:
 
 @contextmanager
 def _unchanged(directory: Path, states: _States) -> Iterator[None]:
-    """Raises AdapterError at the end: the files do not have these states any more. It replaces an error inside."""
+    """Raises AdapterError: the files do not have these states, before or after what is done inside. It replaces an
+    error inside."""
+    _check_states(directory, states)  # not all that may be in a file's place can be read, such as a FIFO
     try:
         yield
     except Exception:

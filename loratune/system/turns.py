@@ -39,15 +39,17 @@ def turn() -> Iterator[None]:
 @contextmanager
 def training() -> Iterator[None]:
     """As `turn`, for a training run. Raises LockedError: the process trains already."""
-    if not _training.acquire(blocking=False):
-        what = "a training run is in progress in this process, whose random states both would use"
-        fix = "wait until it ends, or train in another process"
-        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, "train", fix=fix))
+    is_first = False
     try:
+        if not (is_first := _training.acquire(blocking=False)):
+            what = "a training run is in progress in this process, whose random states both would use"
+            fix = "wait until it ends, or train in another process"
+            raise LockedError(Problem(Code.SYSTEM_LOCKED, what, "train", fix=fix))
         with turn():
             yield
     finally:
-        _training.release()
+        if is_first:
+            _training.release()
 
 
 @contextmanager

@@ -157,12 +157,12 @@ def _too_large(what: str) -> str:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter without large numbers as arguments."""
+    """A filter without large numbers as arguments; the value that it filters may be one."""
 
     @wraps(function)
-    def check(*given: Any, **named: Any) -> Any:
+    def check(value: Any, *given: Any, **named: Any) -> Any:
         _check_sizes(name, *given, *named.values())
-        return function(*given, **named)
+        return function(value, *given, **named)
 
     return check
 
