@@ -101,6 +101,7 @@ def test_three_steps_are_those_of_plain_torch(
     assert plan.retention is not None
     texts, (number, every, compared) = plan.retention.texts, expected
     assert plan.retention.of_step == TextsOfStep(*expected)
+    assert all(len(text.ids) <= text.begin + compared for text in texts), "predictions are those of what is computed"
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(plan.config.model.name_or_path), tmp_path / "ours", is_trainable=True
@@ -216,11 +217,13 @@ def test_settings_that_are_not_read_are_reported(
 ) -> None:
     """Where there is no retention; by `explain` too."""
     data = {"train": str(write_rows(tmp_path / "pairs.jsonl", PAIRS))} if objective == "dpo" else {}
-    path = run_config(data=data, training={"objective": objective}, retention={"prompts": "p.jsonl", "num_samples": 3})
+    path = run_config(
+        data=data, training={"objective": objective}, retention={"prompts": "p.jsonl", "max_new_tokens": 3}
+    )
     ran = cli("train", path, "--dry-run", "--set", f"retention.kl_weight={weight}")
     assert ran.code == 0, ran.err
     told = [line.split()[0] for line in ran.err.splitlines() if "has no effect" in line]
-    assert told == ["retention.num_samples", "retention.prompts"]
+    assert sorted(told) == ["retention.max_new_tokens", "retention.prompts"]
     explained = cli("explain", "retention", path, "--set", f"retention.kl_weight={weight}").out
     assert explained.count("not used, as retention.kl_weight is 0") == 2
     ran = cli("train", path, "--dry-run", "--set", "retention={}")
@@ -389,7 +392,7 @@ def test_short_rows_have_texts_in_every_second_step(cli: Cli, run_config: MakeCo
     plan = loratune.plan(loratune.load_config(path))
     assert plan.retention is not None
     assert plan.retention.of_step == TextsOfStep(1, 2, 16)
-    line = "; the first 16 tokens of one beside the rows of every second step, with twice the weight, "
+    line = "; one beside the rows of every second step, with twice the weight, "
     assert f"{line}{plan.retention.share:.0%} more tokens" in str(plan.retention)
     _, curve = trained(cli, path, tmp_path / "held", "--allow-worse")
     assert [step["step"] for step in curve if "divergence" in step] == [2, 4, 6, 8, 9]

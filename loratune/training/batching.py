@@ -330,7 +330,7 @@ def with_retention(
         items, of_micro_step = batches.items_of_step, train.size * group.count
         in_all = group.count * -(-items // of_micro_step)
         texts = Retention.of(section, group.broadcast(given), batches.tokens_of_step, items, in_all)
-        passes = behavior.passes(batches.engine, len(texts.given), section.max_new_tokens)
+        passes = behavior.passes(batches.engine, len(texts.given), texts.of_step.tokens)
         notes = [str(texts), *auto.writing_notes(passes, steps, training)]
         batches = replace(batches, retention=texts, notes=[*batches.notes, *notes])
     return config.model_copy(update={"retention": section}), batches, choices

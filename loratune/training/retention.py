@@ -77,11 +77,10 @@ class RetentionText:
     top_ids: NDArray[np.int64]
     log_probabilities: NDArray[np.float32]
 
-    def row(self, most: int) -> dict[str, Any]:
-        """The text as a row of a batch, in which no token is supervised, up to the `most`-th token that it has new."""
-        ids = self.ids[: self.begin + most]
-        teacher = self.begin - 1, self.top_ids[:most], self.log_probabilities[:most]
-        return {"input_ids": [*ids], "labels": [-100] * len(ids), "teacher": teacher}
+    def row(self) -> dict[str, Any]:
+        """The text as a row of a batch, in which no token is supervised."""
+        teacher = self.begin - 1, self.top_ids, self.log_probabilities
+        return {"input_ids": [*self.ids], "labels": [-100] * len(self.ids), "teacher": teacher}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class TextsOfStep:
     Attributes:
         number: The texts of a step that has some.
         every: 1 if each step has texts, 2 if every second one has.
-        tokens: The tokens that each text has new, at most; further ones are left out.
+        tokens: The tokens that the model writes in each text, at most.
     """
 
     number: int
@@ -140,15 +139,12 @@ class Retention:
 
     def __str__(self) -> str:
         """A line for the plan."""
-        longest, one = self.section.max_new_tokens, self.of_step
+        one = self.of_step
         steps = f"{one.number} beside the rows of each step"
         if one.every > 1:
-            part = "one" if one.tokens == longest else f"the first {one.tokens} tokens of one"
-            steps = f"{part} beside the rows of every second step, with twice the weight"
-        return (
-            f"retention: the model writes {plural(len(self.given), 'text')} of {longest} tokens before the first step; "
-            f"{steps}, {self.share:.0%} more tokens"
-        )
+            steps = "one beside the rows of every second step, with twice the weight"
+        texts = f"{plural(len(self.given), 'text')} of {one.tokens} tokens"
+        return f"retention: the model writes {texts} before the first step; {steps}, {self.share:.0%} more tokens"
 
     @classmethod
     def of(
@@ -182,7 +178,7 @@ class Retention:
 
     def rows(self) -> list[dict[str, Any]]:
         """The texts as rows of batches."""
-        return [text.row(self.of_step.tokens) for text in self.texts]
+        return [text.row() for text in self.texts]
 
     def write(
         self,
@@ -205,13 +201,14 @@ class Retention:
         Raises:
             ModelError: The model writes nothing but its end token.
         """
-        settings = self.section.model_dump(exclude={"kl_weight"})
+        longest = self.of_step.tokens
+        settings = self.section.model_dump(exclude={"kl_weight"}) | {"max_new_tokens": longest}
         parts = ["retention", dict(identity), settings, TOP, [[*ids] for ids in self.given]]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         if (known := token_cache.load_values(key)) is not None:
             self.texts = _from_numbers(known)
             return
-        ends, longest = renderer.end_ids if self.section.prompts else (), self.section.max_new_tokens
+        ends = renderer.end_ids if self.section.prompts else ()
         with progress("writing texts of the base"), before():
             new = behavior.write(model, engine, self.given, longest, end_ids=ends, seed=int(identity["seed"]))
             pairs = zip(self.given, new, strict=True)
