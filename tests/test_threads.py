@@ -1,6 +1,8 @@
 """Threads of one program, and what a program has set: results are those of a new process, and its states are kept."""
 
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,6 +19,7 @@ from running import WEIGHTS
 import loratune
 from loratune.codes import Code
 from loratune.errors import LockedError
+from loratune.system import turns
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -226,3 +229,25 @@ def test_sampling_without_a_seed_draws_from_torch(adapter: loratune.Adapter) -> 
     torch.manual_seed(1)
     again = [adapter.generate(PROMPTS, temperature=1.5, max_new_tokens=12) for _ in range(2)]
     assert drawn[0] != drawn[1] and drawn == again
+
+
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
+    began, over = Event(), Event()
+
+    def compute() -> None:
+        with turns.turn():
+            began.set()
+            over.wait()
+
+    other = Thread(target=compute)
+    other.start()
+    began.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        with turns.training():
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    over.set()
+    other.join()
+    assert status == 0

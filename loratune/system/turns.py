@@ -4,6 +4,7 @@ Random states, torch's default dtype and the modes of a loaded model belong to t
 the same time would change each other's results. A second training run is refused; everything else waits for its turn.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -12,10 +13,26 @@ from contextlib import contextmanager
 from loratune.codes import Code
 from loratune.errors import LockedError, Problem
 
-_threads = deque[int]()
-"""The threads that compute or wait, in the order they came; the first one computes."""
-_changed = threading.Condition()
-_training = threading.Lock()
+
+class _State:
+    """The turns of a process.
+
+    Attributes:
+        threads: The threads that compute or wait, in the order they came; the first one computes.
+        changed: Notified when they have changed.
+        training: Held by a training run.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all threads: those of a forked process are its parent's."""
+        self.threads, self.changed, self.training = deque[int](), threading.Condition(), threading.Lock()
+
+
+_state = _State()
+os.register_at_fork(after_in_child=_state.reset)
 
 
 @contextmanager
@@ -41,7 +58,7 @@ def training() -> Iterator[None]:
     """As `turn`, for a training run. Raises LockedError: the process trains already."""
     is_first = False
     try:
-        if not (is_first := _training.acquire(blocking=False)):
+        if not (is_first := _state.training.acquire(blocking=False)):
             what = "a training run is in progress in this process, whose random states both would use"
             fix = "wait until it ends, or train in another process"
             raise LockedError(Problem(Code.SYSTEM_LOCKED, what, "train", fix=fix))
@@ -49,7 +66,7 @@ def training() -> Iterator[None]:
             yield
     finally:
         if is_first:
-            _training.release()
+            _state.training.release()
 
 
 @contextmanager
@@ -67,19 +84,19 @@ def passed_on() -> Iterator[None]:
 
 
 def _has_turn(thread: int) -> bool:
-    with _changed:
-        return bool(_threads) and _threads[0] == thread
+    with _state.changed:
+        return bool(_state.threads) and _state.threads[0] == thread
 
 
 def _wait(thread: int) -> None:
     """Enter the queue, where an interrupted thread stays until it leaves."""
-    with _changed:
-        _threads.append(thread)
-        _changed.wait_for(lambda: _threads[0] == thread)
+    with _state.changed:
+        _state.threads.append(thread)
+        _state.changed.wait_for(lambda: _state.threads[0] == thread)
 
 
 def _leave(thread: int) -> None:
-    with _changed:
-        if thread in _threads:  # else it was interrupted before it entered
-            _threads.remove(thread)
-        _changed.notify_all()
+    with _state.changed:
+        if thread in _state.threads:  # else it was interrupted before it entered
+            _state.threads.remove(thread)
+        _state.changed.notify_all()
