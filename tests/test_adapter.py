@@ -330,7 +330,7 @@ def test_a_different_base_of_the_same_shape_is_refused(copy: Path, tmp_path: Pat
     other.model.embed_tokens.weight.data[0, 0] += 1
     other.save_pretrained(tmp_path / "other")
     configure(base_model_name_or_path=str(tmp_path / "other"))(copy)
-    what = f"{copy}: was trained on another base than {tmp_path / 'other'}, by its shape and a sample of its weights"
+    what = f"{copy}: was trained on another base than {tmp_path / 'other'}, by its settings or weights"
     ran = cli("generate", "1 and 1 make", "--adapter", copy)
     fix = "use its base, or use the adapter all the same with --force"
     assert (ran.code, ran.err) == (5, f"error: {what} [adapter.mismatch]; {fix}\n")

@@ -181,7 +181,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA+ and all biases": {
         "lora": {"loraplus_lr_ratio": 4.0, "bias": "all"}, "training": {"learning_rate": 0.3}
     },
-    "4 bits": {"model": {"quantization": "4bit", "dtype": "bfloat16"}},
+    "4 bits": {"model": {"quantization": "4bit", "dtype": "bfloat16"}, "training": {"max_steps": 15}},
     "bfloat16, in packs": {
         "model": {"dtype": "bfloat16"}, "data": {"packing": "full", "max_length": 40}, "training": {"max_steps": 15}
     },

@@ -243,7 +243,7 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
     if recorded == fingerprint or (recorded is None and is_named):
         return
     fix = "use its base"
-    what = f"was trained on another base than {base.name_or_path}, by its shape and a sample of its weights"
+    what = f"was trained on another base than {base.name_or_path}, by its settings or weights"
     if recorded is None:
         what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
     elif reason := fingerprints.incomparable(recorded, fingerprint):

@@ -20,7 +20,7 @@ from loratune.data.batches import DRAWS, evaluating, pad, random_rows
 from loratune.errors import is_out_of_memory
 from loratune.kernels import WHOLE_MODEL, LayerSample
 
-NO_STOP = -1
+NO_STOP = 2**31 - 1
 """An end token that no vocabulary has."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """The largest accepted difference of logits, relative to the largest logit."""

@@ -108,6 +108,7 @@ def training_arguments(
         use_cpu=not accelerator.has_gpu(),  # otherwise accelerate takes many processes for one
         dataloader_pin_memory=accelerator.has_gpu(),
         disable_tqdm=True,
+        log_level_replica="passive",  # its default would let the other processes log warnings
         report_to="none",
     )
 
