@@ -141,13 +141,15 @@ def is_rust_panic(error: BaseException) -> bool:
 
 
 def template_error_reason(error: BaseException) -> str:
-    """Why a chat template cannot be compiled.
+    """Why a chat template cannot be compiled or rendered.
 
-    error: Jinja's TemplateSyntaxError; Python's SyntaxError or RecursionError for a template nested too deeply, or
-        ValueError for a number of too many digits.
+    error: Jinja's TemplateError; Python's SyntaxError or RecursionError for a template nested too deeply, ValueError for
+        a number of too many digits; or whatever an operation of the template raises.
     """
     if isinstance(error, SyntaxError | RecursionError):
         return "it is nested too deeply" + (f": {error.msg}" if isinstance(error, SyntaxError) else "")
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
     return str(getattr(error, "message", error))
 
 

@@ -49,6 +49,12 @@ def test_template_that_runs_out_of_memory_is_a_row_error(tokenizer: PreTrainedTo
     assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
 
 
+def test_an_error_without_a_message_has_a_reason(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = ROW_3.format("{{ '{:>99999999999999}'.format(m.content) }}")
+    with pytest.raises(DataError, match="it needs more memory than there is"):
+        Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
+
+
 @pytest.mark.parametrize(
     "template",
     [

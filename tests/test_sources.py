@@ -85,6 +85,7 @@ ACCEPTED = {
     "sep=; after a BOM": ("rows.csv", b"\xef\xbb\xbfsep=;\r\n\r\nprompt;completion\r\na;b\r\n", [4]),
     "quoted sep=": ("rows.csv", b'"sep=,"\nprompt,completion\na,b\n', [3]),
     "sep= with empty cells": ("rows.csv", b"sep=,,\nprompt,completion\na,b\n", [3]),
+    "empty columns at the end": ("rows.csv", b"prompt,completion,,\na,b,,\na,b\na,b,,,\n", [2, 3, 4]),
     "SEP= and tabs": ("rows.csv", b"SEP=\t\nprompt\tcompletion\na\tb\na\tb\n", [3, 4]),
 }
 

@@ -133,7 +133,7 @@ class ChatTemplate:
                 list(chat.messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self._arguments
             )
         except Exception as error:  # a template may fail in any way
-            what = f"the chat template refuses these messages: {error}"
+            what = f"the chat template refuses these messages: {template_error_reason(error)}"
             fix = "correct the row, or set data.chat_template to a template that accepts it"
             raise DataError(Problem(Code.TEMPLATE_INVALID, what, chat.where, fix=fix)) from None
         return text

@@ -266,7 +266,8 @@ class _CsvLines:
 def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines.
 
-    A line `sep=;` before the header gives another separator than a comma.
+    A line `sep=;` before the header gives another separator than a comma. Empty columns at the end, which spreadsheets
+    write, are left out.
 
     Raises:
         DataError: The header is not valid, or a record of several lines is not valid: its quoted cell may contain any
@@ -295,17 +296,25 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         if cells and header:
             yield _record(cells, header, name, line)
         elif cells:
-            header = _header(cells, name, line, separator)
+            header = _header(_without_empty_end(cells, 1), name, line, separator)
 
 
 def _record(cells: list[str], header: list[str], name: str, line: int) -> RowOrProblem:
     where = f"{name}:{line}"
     if problem := _byte_problem(cells, name, line):
         return problem
+    cells = _without_empty_end(cells, len(header))
     if len(cells) != len(header):
         what = f"{len(cells)} cells, but the header has {len(header)} columns"
         return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_LINE)
     return Row(where, {column: cell.replace("\r\n", "\n") for column, cell in zip(header, cells, strict=True)})
+
+
+def _without_empty_end(cells: list[str], least: int) -> list[str]:
+    count = len(cells)
+    while count > least and not cells[count - 1]:
+        count -= 1
+    return cells[:count]
 
 
 def _byte_problem(cells: list[str], name: str, line: int) -> Problem | None:
