@@ -143,8 +143,8 @@ def is_rust_panic(error: BaseException) -> bool:
 def template_error_reason(error: BaseException) -> str:
     """Why a chat template cannot be compiled or rendered.
 
-    error: Jinja's TemplateError; Python's SyntaxError or RecursionError for a template nested too deeply, ValueError for
-        a number of too many digits; or whatever an operation of the template raises.
+    error: Jinja's TemplateError; Python's SyntaxError or RecursionError for a template nested too deeply, ValueError
+        for a number of too many digits; or whatever an operation of the template raises.
     """
     if isinstance(error, SyntaxError | RecursionError):
         return "it is nested too deeply" + (f": {error.msg}" if isinstance(error, SyntaxError) else "")

@@ -98,19 +98,33 @@ def parse(line: str) -> Noun | None:
 
 def choose(nouns: Iterable[Noun]) -> dict[str, list[Noun]]:
     """The nouns of "eval", "train" and "unseen", each in a seeded order. Two never share a word or a definition."""
-    parts: dict[str, list[Noun]] = {"eval": [], "train": [], "unseen": []}
-    sizes = {"eval": EVAL_PER_CATEGORY, "train": TRAIN_PER_CATEGORY, "unseen": UNSEEN_PER_CATEGORY}
-    taken: set[str] = set()
+    ranked = sorted(nouns, key=lambda noun: noun.rank("choice"))
+    taken = set[str]()
+    parts = draw(ranked, {"eval": EVAL_PER_CATEGORY, "train": TRAIN_PER_CATEGORY}, taken)
+    short = [
+        category
+        for category in CATEGORIES.values()
+        if sum(noun.category == category for noun in parts["train"]) < TRAIN_PER_CATEGORY
+    ]
+    if short:
+        sys.exit(f"too few definitions in this file for: {', '.join(short)}")
+    parts |= draw(ranked, {"unseen": UNSEEN_PER_CATEGORY}, taken)
+    parts = {part: sorted(chosen, key=lambda noun: noun.rank("order")) for part, chosen in parts.items()}
+    return parts | {"unseen": parts["unseen"][:UNSEEN]}
+
+
+def draw(ranked: Iterable[Noun], sizes: dict[str, int], taken: set[str]) -> dict[str, list[Noun]]:
+    """Fill parts with so many nouns of each category, one part after the other.
+
+    taken: what rows that are drawn already have; those of the new ones are added.
+    """
+    parts: dict[str, list[Noun]] = {part: [] for part in sizes}
     open_places = {name: [part for part, size in sizes.items() for _ in range(size)] for name in CATEGORIES.values()}
-    for noun in sorted(nouns, key=lambda noun: noun.rank("choice")):
+    for noun in ranked:
         if open_places[noun.category] and taken.isdisjoint(noun.keys):
             parts[open_places[noun.category].pop(0)].append(noun)
             taken |= noun.keys
-    short = [category for category, places in open_places.items() if {*places} - {"unseen"}]
-    if short:
-        sys.exit(f"too few definitions in this file for: {', '.join(short)}")
-    parts = {part: sorted(chosen, key=lambda noun: noun.rank("order")) for part, chosen in parts.items()}
-    return parts | {"unseen": parts["unseen"][:UNSEEN]}
+    return parts
 
 
 def licence(lines: Iterable[str]) -> str:
@@ -120,7 +134,7 @@ def licence(lines: Iterable[str]) -> str:
 
 
 def main() -> None:
-    """Write train.jsonl, eval.jsonl and LICENSE.wordnet."""
+    """Write train.jsonl, eval.jsonl and LICENSE.wordnet, or the unseen rows."""
     parser = argparse.ArgumentParser(description="Build the quickstart's data from WordNet.")
     parser.add_argument("data_noun", type=Path, help="WordNet's data.noun")
     default = Path(__file__).resolve().parent.parent / "configs" / "quickstart"

@@ -6,7 +6,7 @@
 # On the machine, with the checkout and the parcels:
 #
 #     scripts/gpu.sh run [--out DIR] [PART ...] # installs from the parcels, runs the parts, appends to DIR/results.jsonl
-#     scripts/gpu.sh run --dry [PART ...]       # the same on a CPU, with tiny models and two steps
+#     scripts/gpu.sh run --dry [PART ...]       # the same on a CPU, with tiny models and few steps
 #     scripts/gpu.sh run --help                 # what parts there are
 #
 # PYTHON (default: python3) is the interpreter that has torch; nothing is installed into its environment.

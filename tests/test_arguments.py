@@ -155,11 +155,12 @@ def test_the_message_names_the_parameter_and_what_it_got(
         "question": (lambda: adapter.chat().ask(""), "empty"),
         "stop": (lambda: adapter.generate("a", stop="a"), "a list"),
         "grid: lora.r": (lambda: loratune.sweep(config, {"lora.r": 2}), "a list"),  # type: ignore[dict-item]
-        "--adapter": (lambda: loratune.Adapters({}), "none"),
+        "--adapter": (lambda: loratune.Adapters({}), "no adapter"),
         "mix: one": (lambda: loratune.Adapters({"one": "a"}, mix={"one": "a"}), "a number"),  # type: ignore[dict-item]
         "scale": (lambda: loratune.Adapter(adapter.path, scale="1"), "a number"),  # type: ignore[arg-type]
         "output": (lambda: adapter.report(b"page"), "a path"),  # type: ignore[arg-type]
         "dtype": (lambda: adapter.merge(folder / "merged", dtype="int8"), "float16"),  # type: ignore[arg-type]
+        "rows": (lambda: loratune.plan(config, rows={"training": ROWS}), "train, validation, test"),  # type: ignore[dict-item]
         "config": (lambda: loratune.train(config.resolved()), "RunConfig"),  # type: ignore[arg-type]
         "max_new_tokens": (lambda: adapter.chat(max_new_tokens=0), "less than 1"),
         "lora.r": (lambda: loratune.load_config(config.resolved(), {"lora.r": circle()}), "contains itself"),

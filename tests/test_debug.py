@@ -84,7 +84,8 @@ def test_silent_handlers_are_detected(clause: str, is_silent: bool) -> None:
 def test_ignored_errors_of_a_run_are_logged_with_debug(
     run_config: MakeConfig, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that fails on messages with marks, and damaged rows in the cache."""
+    """A template that fails on messages with marks, and damaged rows in the cache. Its messages end with one of the
+    characters that it allows, and a mark is none of them."""
     template = tmp_path / "chat.jinja"
     refusal = "{% if messages[0].content[-1] not in '012345678?!.s' %}{{ raise_exception('no such end') }}{% endif %}"
     template.write_text(refusal + CHAT_TEMPLATE)

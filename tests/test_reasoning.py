@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import byte_tokenizer, meanings, write_rows
@@ -21,6 +22,7 @@ from loratune.config.template_variables import unread, variables
 from loratune.data.formats import Conversation, Message
 from loratune.data.formats.reasoning import dropped, end_of_reasoning, kind_of, reasoning_of, without
 from loratune.data.rendering import Renderer
+from loratune.data.rendering.chat_template import ChatTemplate
 from loratune.data.rendering.spans import RenderedText
 from loratune.errors import AdapterError, DataError, ModelError
 from loratune.export import ollama
@@ -218,22 +220,13 @@ def test_earlier_answers_are_trained_as_they_are_served(name: str, number: int, 
 
 
 def test_a_template_that_renders_all_turns_alike_is_tested_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    renderer, calls = Renderer(tokenizer), list[int]()
-    apply = renderer.tokenizer.apply_chat_template
-
-    def counted(messages: list[Message], **settings: Any) -> Any:
-        calls.append(len(messages))
-        return apply(messages, **settings)
-
-    tokenizer.apply_chat_template = counted
-    try:
+    renderer = Renderer(tokenizer)
+    with mock.patch.object(ChatTemplate, "text", autospec=True, side_effect=ChatTemplate.text) as text:
         assert renderer.parts(CHATS["plain"], "completion") == [CHATS["plain"]]
-        count = len(calls)
+        count = text.call_count
         for chat in (CHATS["plain"], replace(CHATS["plain"], messages=CHATS["plain"].messages * 20)):
             assert renderer.parts(chat, "completion") == [chat]
-        assert len(calls) == count < 20
-    finally:
-        del tokenizer.apply_chat_template
+        assert text.call_count == count < 20
 
 
 @pytest.mark.parametrize(

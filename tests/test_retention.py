@@ -349,14 +349,16 @@ def planned(tokens: float, items: int, batches: int = 1) -> Retention:
     return made
 
 
-@pytest.mark.parametrize("tokens", [10.0, 100.0, 139.0, 141.0, 500.0])
+@pytest.mark.parametrize(
+    ("tokens", "share"), [(10.0, 1.0), (100.0, 0.14), (139.0, 14 / 139), (141.0, 28 / 141), (500.0, 0.168)]
+)
 @pytest.mark.parametrize("steps", range(1, 8))
-def test_the_mean_weight_of_the_steps_is_that_of_the_config(tokens: float, steps: int) -> None:
+def test_the_mean_weight_of_the_steps_is_that_of_the_config(tokens: float, share: float, steps: int) -> None:
     made = planned(tokens, 8)
     has_texts = [bool(made.numbers(step, 8, is_last=step == steps - 1)) for step in range(steps)]
     weights = [made.weight(step) * has for step, has in enumerate(has_texts)]
     assert sum(weights) == 0.5 * steps and max(weights) <= 1.0
-    assert made.of_step.every == (1 if tokens > 140 else 2) and made.share < (0.2 if tokens > 100 else 1.1)
+    assert made.of_step.every == (1 if tokens > 140 else 2) and made.share == pytest.approx(share)
     assert made.of_step.tokens == 24 if tokens >= 100 else 16
 
 

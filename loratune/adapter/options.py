@@ -51,11 +51,11 @@ def parse_selection(values: Sequence[str], use: str | None = None, mix: str | No
         mix: NAME:WEIGHT, separated by commas.
 
     Raises:
-        ConfigError: There is none; a name is invalid, reserved or unknown; a name or directory is repeated; one of
-            several adapters has no name; a weight is not a finite number; --use and --mix are both given.
+        ConfigError: No adapter is given; a name is invalid, reserved or unknown; a name or directory is repeated; one
+            of several adapters has no name; a weight is not a finite number; --use and --mix are both given.
     """
     if not values:
-        raise _refused("there is none", "--adapter", "name one or more")
+        raise _refused("no adapter is given", "--adapter", "name one or more")
     named = [_split(value) for value in values]
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):
         bare = next(str(path) for name, path in named if name == UNNAMED)

@@ -404,8 +404,8 @@ def _finish(found: Found) -> Found:
 def _check_used(unused: Mapping[str, str]) -> None:
     """Raises ConfigError: there are options without effect. unused: option → the one that it only works with."""
     if unused:
-        what = "only works with"
-        raise ConfigError([Problem(Code.USAGE_CONFLICT, f"{what} {one}", key=key) for key, one in unused.items()])
+        what = "only works with {}"
+        raise ConfigError([Problem(Code.USAGE_CONFLICT, what.format(one), key=key) for key, one in unused.items()])
 
 
 def _listed(names: str | Sequence[str]) -> Sequence[str]:

@@ -1,5 +1,6 @@
 """The public class `Adapters`: one or several adapters of one base, loaded together, or their weighted sum."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -99,9 +100,9 @@ class Adapters:
         them. Raises AdapterError."""
         return [Path(path) for _, path in _inputs(self._opened)]
 
-    def open(self) -> list[str]:
-        """Open and verify them now. Returns the directory or the hub id of each base. Raises AdapterError."""
-        return [one.base.name_or_path for one in self._opened.values()]
+    def open(self) -> None:
+        """Open and verify them now. Raises AdapterError."""
+        _ = self._opened
 
     @cached_property
     def _loaded(self) -> "LoadedAdapters":
@@ -264,10 +265,10 @@ def parse_scales(text: str) -> tuple[float, ...]:
         raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
     if is_range:
         first, last, step = found
-        if (count := (last - first) / step + 1e-9) < _MOST_SCALES:
-            found = [round(first + step * number, 9) for number in range(int(count) + 1)]
-        else:
-            raise _number_of_scales(f"{count + 1:,.0f}")
+        count = (last - first) / step + 1e-9
+        if count >= _MOST_SCALES:
+            raise _number_of_scales(f"{count + 1:,.0f}" if math.isfinite(count) else "too many")
+        found = [round(first + step * number, 9) for number in range(int(count) + 1)]
     return checked_scales(found)
 
 

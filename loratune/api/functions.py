@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from loratune import __version__
 from loratune import config as configs
@@ -307,14 +307,9 @@ def push(
     path: StrPath, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
 ) -> "Upload":
     """Upload an adapter directory to the hub, see `Adapter.push`."""
-    with listening(on_event):
-        with libraries():
-            from loratune.commands import push
-            from loratune.export import hub
-            from loratune.lora import adapter_files
+    from loratune.api.adapter import Adapter
 
-        hub.check_name(repository)
-        return push.push(adapter_files.inspect(Path(path)), repository, public=public, base=base)
+    return Adapter(path).push(repository, public=public, base=base, on_event=on_event)
 
 
 @checked
@@ -393,10 +388,6 @@ def validated(
 
     run = None
     if place is not None:
-        names = get_args(SplitName)
-        if unknown := [name for name in rows or {} if name not in names]:
-            what, fix = f"there is no split {unknown[0]!r}", f"the splits are {', '.join(names)}"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="rows", fix=fix))
         given = {str(name): given_rows(values, name) for name, values in (rows or {}).items()}
         allowed = None if resume is False else () if resume is True else tuple(resume)
         run = preflight.check(config, place, allowed, given)

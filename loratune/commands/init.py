@@ -261,7 +261,8 @@ def estimate_rows(
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
-    of_step = step_tokens(tokens, layout, layout.size * run.training.gradient_accumulation_steps, layout.saved or 0.0)
+    items = auto.items_of_step(run.training, len(layout.items), layout.size, 1)
+    of_step = step_tokens(tokens, layout, items, layout.saved or 0.0)
     largest = [*largest, *(typical_texts(run, of_step) if with_texts else ())]
     return memory.estimate(
         model, largest, len(largest), run.training, packed=layout.flat, planned=memory.Planned(weights, device),

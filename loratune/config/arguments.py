@@ -67,10 +67,12 @@ def _problems(name: str, value: Any, expected: Any) -> list[Problem]:
     if not _fits(value, expected):
         of_values = next((one for one in (expected, *get_args(expected)) if get_origin(one) is Mapping), None)
         if isinstance(value, Mapping) and of_values is not None:
-            inner = get_args(of_values)[1]
-            bad = [key for key, one in value.items() if not isinstance(key, str) or not _fits(one, inner)]
-            if isinstance(bad[0], str):
-                return _problems(f"{name}: {bad[0]}", value[bad[0]], inner)
+            keys, inner = get_args(of_values)
+            if wrong := [key for key in value if not _fits(key, keys)]:
+                what = f"its names must be {' or '.join(_words(keys))}, got {kind_of(wrong[0])}"
+                return [Problem(Code.USAGE_BAD_VALUE, what, key=name)]
+            bad = next(key for key, one in value.items() if not _fits(one, inner))
+            return _problems(f"{name}: {bad}", value[bad], inner)
         what = f"must be {' or '.join(dict.fromkeys(_words(expected)))}, got {kind_of(value)}"
         return [Problem(Code.USAGE_BAD_VALUE, what, key=name)]
     is_path = _takes_paths(expected) and isinstance(value, str | PathLike)
@@ -92,7 +94,7 @@ def _fits(value: Any, expected: Any) -> bool:
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
         return is_list and all(_fits(one, inner[0]) for one in value)
     if kind is Mapping:
-        return isinstance(value, Mapping) and all(isinstance(key, str) and _fits(value[key], inner[1]) for key in value)
+        return isinstance(value, Mapping) and all(_fits(key, inner[0]) and _fits(value[key], inner[1]) for key in value)
     if kind is PathLike:
         return isinstance(value, PathLike) and isinstance(fspath(value), str)
     if kind in (int, float):

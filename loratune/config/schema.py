@@ -286,13 +286,19 @@ class RunConfig(Section):
             fix += "; the published adapter is plain LoRA, which --adapter-scale scales"
             yield InvalidSettingError(message, key, "lora.init_lora_weights", fix=fix)
 
+    @property
+    def has_retention(self) -> bool:
+        """Whether steps compare texts with the base, as far as the config says."""
+        weight = self.retention.kl_weight
+        return self.training.objective == "sft" if weight == AUTO else weight != 0
+
     def without_effect(self) -> dict[str, str]:
         """Key that is set, and that the run does not read → the reason, as the end of a sentence. `num_samples` is left
         out, as run.yaml has it in any case."""
-        objective, weight = self.training.objective, self.retention.kl_weight
-        if weight != 0 and (weight != AUTO or objective == "sft"):
+        if self.has_retention:
             return {}
-        why = "as retention.kl_weight is 0" + (f", which auto is for {objective}" if weight == AUTO else "")
+        is_auto = self.retention.kl_weight == AUTO
+        why = "as retention.kl_weight is 0" + (f", which auto is for {self.training.objective}" if is_auto else "")
         unread = self.retention.model_dump(exclude_defaults=True, exclude={"kl_weight", "num_samples"})
         return {f"retention.{key}": why for key in unread}
 

@@ -70,10 +70,6 @@ class ExportOptions:
     vllm_python: Path | None = None
 
     def __post_init__(self) -> None:
-        for option, value, choices in (("--to", self.to, tuple(CLIENTS)), ("--merged", self.merged, TYPES)):
-            if value not in (None, *choices):
-                what, fix = f"{value} is not one of its values", f"choose {', '.join(choices)}"
-                raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=option, fix=fix))
         given = {"--merged": self.merged, "--llama-cpp": self.llama_cpp, "--base-gguf": self.base_gguf}
         what = "only works with --to gguf and --to ollama"
         if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):

@@ -141,12 +141,9 @@ def scales(layer: nn.Module, weight: Tensor) -> tuple[str, Tensor, bool]:
     state: Any = getattr(weight, "quant_state", None)
     if state is not None:
         return f"{state.quant_type} {state.blocksize} {tuple(state.shape)}", _scales_of_4bit(state), not state.nested
+    # The first forward pass moves the scales from the weight to the layer's state.
     owner: Any = weight if getattr(weight, "SCB", None) is not None else vars(layer)["state"]
-    return (
-        f"int8 {tuple(weight.shape)}",
-        owner.SCB.float(),
-        True,
-    )  # the first forward pass moves them from the weight to the layer's state
+    return f"int8 {tuple(weight.shape)}", owner.SCB.float(), True
 
 
 def _scales_of_4bit(state: Any) -> Tensor:

@@ -82,8 +82,7 @@ def incomparable(recorded: str, found: str) -> tuple[str, str] | None:
     """Why a recorded fingerprint cannot be compared with that of a base: a sentence without its subject, and what to
     do; None if it can. found: the fingerprint of the base."""
     if recorded.startswith(VERSION) and found.startswith(QUANTIZED_VERSION):
-        what = "records the fingerprint of its base without the scales of quantized weights, as earlier revisions of"
-        what += " loratune did; they also computed 4-bit rows that end within a block with wrong scales"
+        what = "records its base without the scales of its quantized weights, so the bases cannot be compared"
         return what, "train it again"
     if not recorded.startswith((VERSION, QUANTIZED_VERSION)):
         what = "records the fingerprint of its base in a version that this release of loratune does not know"

@@ -56,9 +56,9 @@ def turn() -> Iterator[None]:
 @contextmanager
 def training() -> Iterator[None]:
     """As `turn`, for a training run. Raises LockedError: the process trains already."""
-    is_first = False
+    lock, is_first = _state.training, False  # a forked process gets another one
     try:
-        if not (is_first := _state.training.acquire(blocking=False)):
+        if not (is_first := lock.acquire(blocking=False)):
             what = "a training run is in progress in this process, whose random states both would use"
             fix = "wait until it ends, or train in another process"
             raise LockedError(Problem(Code.SYSTEM_LOCKED, what, "train", fix=fix))
@@ -66,12 +66,12 @@ def training() -> Iterator[None]:
             yield
     finally:
         if is_first:
-            _state.training.release()
+            lock.release()
 
 
 @contextmanager
 def passed_on() -> Iterator[None]:
-    """Inside, the turn is another's: of threads that wait, and of what this thread itself begins."""
+    """Inside, other threads have their turn, and this one may begin something else."""
     own = threading.get_ident()
     if not _has_turn(own):
         yield

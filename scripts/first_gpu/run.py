@@ -171,7 +171,7 @@ def main() -> None:
         prog="gpu.sh run", description=f"Parts: {', '.join(PARTS)}", epilog="A PART is a name or the beginning of one."
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
-    parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny models and two steps")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny models and few steps")
     parser.add_argument(
         "--parcels", type=Path, default=ROOT / "gpu-parcels", metavar="DIR", help="default: gpu-parcels"
     )

@@ -26,7 +26,8 @@ class Timing(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a line of the log."""
-        self.losses += [one["loss"] for one in [kwargs["logs"]] if "loss" in one]
+        if "loss" in kwargs["logs"]:
+            self.losses.append(kwargs["logs"]["loss"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first update."""

@@ -126,17 +126,12 @@ class ChatTemplate:
         if self._syntax_error:
             what = f"the chat template is not a Jinja template: {self._syntax_error}"
             raise ModelError(Problem(Code.TEMPLATE_INVALID, what, name, KEY, OTHER_FILE))
-        tools = list(chat.tools) or None
         try:
-            self._render_bounded(self._plain, chat, chat.messages, prompt)  # which transformers does not
-            text: str = self._tokenizer.apply_chat_template(
-                list(chat.messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self._arguments
-            )
+            return self._render_bounded(self._plain, chat, chat.messages, prompt)
         except Exception as error:  # a template may fail in any way
             what = f"the chat template refuses these messages: {template_error_reason(error)}"
             fix = "correct the row, or set data.chat_template to a template that accepts it"
             raise DataError(Problem(Code.TEMPLATE_INVALID, what, chat.where, fix=fix)) from None
-        return text
 
     def render(self, chat: TemplateInput, *, prompt: bool = False) -> RenderedMessages:
         """Render messages, and find where in the text each content and each turn ends. Raises as `text` does."""

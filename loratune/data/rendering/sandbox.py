@@ -1,18 +1,16 @@
 """The environment in which chat templates are rendered before transformers renders them: what takes too long is found.
 
-Chat templates come with models of strangers. The sandbox of Jinja bounds `range`; here, numbers that make texts, lists
-and numbers longer in a single operation have the same bound. What takes long in many operations is reported once: they
-can be interrupted between any two of them.
+Chat templates come with models of strangers. The sandbox of Jinja bounds `range`; here, products and powers have the
+same bound. What takes long in many operations is reported once: they can be interrupted between any two of them.
 """
 
 import logging
 import math
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, Template, nodes
@@ -25,12 +23,8 @@ _log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds after which a rendering is reported."""
-_WIDTH = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{6}|\d*\.(\*|\d{6}))")
-"""A conversion of `%` with a large width or precision, or with one that is an argument."""
-_LENGTHENING_METHODS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
-_LENGTHENING_FILTERS = ("batch", "center", "indent", "round", "tojson")
-_FOLDED = (nodes.Mul, nodes.Pow, nodes.Mod, nodes.Filter)
-"""Bounded expressions that Jinja computes while it compiles a template, if all of their operands are constant."""
+_FOLDED = (nodes.Mul, nodes.Pow)
+"""Bounded expressions, which Jinja computes while it compiles a template if all of their operands are constant."""
 
 
 class _Rendering:
@@ -54,9 +48,9 @@ def reported(what: str) -> Iterator[None]:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox in which no single operation takes long. Raises OverflowError: one would, as for a large `range`."""
+    """A sandbox with bounded products and powers. Raises OverflowError: one is too large, as for a large `range`."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute a bounded operation."""
@@ -67,8 +61,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *given: Any, **named: Any) -> Any:
         """Call a function, a macro or a method."""
         self.tick()
-        if isinstance(getattr(function, "__self__", None), str) and function.__name__ in _LENGTHENING_METHODS:
-            _check_sizes(function.__name__, *given, *named.values())
         return super().call(context, function, *given, **named)
 
     def tick(self) -> None:
@@ -90,9 +82,6 @@ def _environment() -> BoundedEnvironment:
     )
     environment.globals.update(base.globals)
     environment.filters.update(base.filters)
-    for name in _LENGTHENING_FILTERS:
-        environment.filters[name] = _bounded(name, base.filters[name])
-    environment.filters["format"] = _bounded_format(base.filters["format"])
     return environment
 
 
@@ -132,9 +121,7 @@ def _compute(node: nodes.Expr, environment: Environment) -> None:
 def _check_operands(operator: str, left: Any, right: Any) -> None:
     """Raises OverflowError: the result of an operation is too long."""
     numbers = [operand for operand in (left, right) if isinstance(operand, int)]
-    if operator == "%":
-        size = math.inf if isinstance(left, str) and _WIDTH.search(left) else 0
-    elif len(numbers) == 2:
+    if len(numbers) == 2:
         bits = [number.bit_length() for number in numbers]
         size = bits[0] * right if operator == "**" and abs(left) > 1 else sum(bits)
     elif operator == "*" and numbers:
@@ -143,34 +130,5 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     else:
         size = 0
     if size > MAX_RANGE:
-        raise OverflowError(_too_large(f"the result of `{operator}`"))
-
-
-def _check_sizes(name: str, *given: Any) -> None:
-    """Raises OverflowError: an argument of a function is a large number."""
-    if any(isinstance(value, int) and value > MAX_RANGE for value in given):
-        raise OverflowError(_too_large(f"an argument of `{name}`"))
-
-
-def _too_large(what: str) -> str:
-    return f"{what} is too large; the sandbox blocks sizes above {MAX_RANGE:,}"
-
-
-def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter without large numbers as arguments; the value that it filters may be one."""
-
-    @wraps(function)
-    def check(value: Any, *given: Any, **named: Any) -> Any:
-        _check_sizes(name, *given, *named.values())
-        return function(value, *given, **named)
-
-    return check
-
-
-def _bounded_format(function: Callable[..., str]) -> Callable[..., str]:
-    @wraps(function)
-    def check(text: Any, *given: Any, **named: Any) -> str:
-        _check_operands("%", text, given)
-        return function(text, *given, **named)
-
-    return check
+        what = f"the result of `{operator}` is too large; the sandbox blocks sizes above {MAX_RANGE:,}"
+        raise OverflowError(what)

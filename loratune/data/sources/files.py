@@ -301,10 +301,11 @@ class FileSlice:
             advance(self.size - bytes_read)
 
     def header_remark(self) -> str:
-        """A line if the file is a CSV file whose header looks like a row; otherwise empty. Raises as `rows`."""
+        """A line if it is a CSV file whose header looks like its first rows; otherwise empty. Raises as `rows`."""
         if not is_csv(self.files[self.number].path):
             return ""
-        rows = [row.values for row in islice(self.rows(), _CHECKED_ROWS) if isinstance(row, Row)]
+        first = islice(self.files[self.number].rows(), _CHECKED_ROWS)
+        rows = [row.values for row in first if isinstance(row, Row)]
         if not rows or not readers.is_doubtful_header([*rows[0]], rows):
             return ""
         shown = listed([repr(name if len(name) < _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…") for name in rows[0]])

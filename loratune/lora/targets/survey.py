@@ -137,7 +137,7 @@ class Survey:
 
     def candidates(self) -> str:
         """The possible names: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
-        return f"its linear modules: {module_names.join_counts(self.reachable(), 12)}"
+        return f"its linear modules: {module_names.join_counts(self.reachable(), 12) or 'none'}"
 
 
 def take(model: nn.Module) -> Survey:
