@@ -186,7 +186,11 @@ ODD = {
     "negative states": ({"hidden_size": -32}, MODEL, "Trying to create tensor with negative"),
     "no heads": ({"num_attention_heads": 0}, CONFIG, ""),
     "an unknown rope": ({"rope_scaling": {"type": "x"}}, MODEL, "unknown: 'x'"),
-    "no layers": ({"num_hidden_layers": 0}, None, "lora.target_modules: llama has no attention in which roles (q, k, v, o) could be found; "),
+    "no layers": (
+        {"num_hidden_layers": 0},
+        None,
+        "lora.target_modules: llama has no attention in which roles (q, k, v, o) could be found; ",
+    ),
 }
 
 

@@ -307,9 +307,14 @@ def push(
     path: StrPath, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
 ) -> "Upload":
     """Upload an adapter directory to the hub, see `Adapter.push`."""
-    from loratune.api.adapter import Adapter
+    with listening(on_event):
+        with libraries():
+            from loratune.commands import push
+            from loratune.export import hub
+            from loratune.lora import adapter_files
 
-    return Adapter(path).push(repository, public=public, base=base, on_event=on_event)
+        hub.check_name(repository)
+        return push.push(adapter_files.inspect(Path(path)), repository, public=public, base=base)
 
 
 @checked
