@@ -529,6 +529,34 @@ def test_saved_quantized_base_trains_like_one_quantized_on_loading(
     assert ran.code == 0, ran.err
 
 
+@pytest.mark.parametrize("quantization", LAYER)
+def test_every_byte_of_a_saved_quantized_base_counts(
+    quantization: str, wide: Path, ready: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of weights and scales, also where they are many, and where scales are packed too. Quantized on loading, a base
+    has another kind of fingerprint, and what is recorded of a sample cannot be compared."""
+    path = Path(shutil.copytree(ready(quantization), tmp_path / "base"))
+    stored = load_file(path / "model.safetensors")
+
+    def found() -> str:
+        return fingerprints.fingerprint(load.load_base(ModelSection(name_or_path=str(path), dtype="float32")))
+
+    known, unseen = found(), list[str]()
+    assert known.startswith(fingerprints.STORED_VERSION) and known == found()
+    sampled = load.load_base(ModelSection(name_or_path=str(wide), dtype="float32", quantization=quantization))
+    assert fingerprints.incomparable(fingerprints.fingerprint(sampled), known)
+    names = [name for name in stored if "layers.1.mlp.up_proj" in name and "__" not in name and "format" not in name]
+    assert len(names) >= (2 if quantization == "8bit" else 5)
+    for name in names:
+        changed = stored[name].clone()
+        whole = changed.view(-1).view(torch.uint8)
+        whole[len(whole) // 3] ^= 1
+        save_file(stored | {name: changed}, path / "model.safetensors", {"format": "pt"})
+        if found() == known:
+            unseen.append(name)
+    assert unseen == []
+
+
 def by_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """One scale per 64x64 block. DeepSeek-V3 uses 128x128 blocks (arXiv:2412.19437)."""
     rows, columns = weight.shape

@@ -141,9 +141,23 @@ def scales(layer: nn.Module, weight: Tensor) -> tuple[str, Tensor, bool]:
     state: Any = getattr(weight, "quant_state", None)
     if state is not None:
         return f"{state.quant_type} {state.blocksize} {tuple(state.shape)}", _scales_of_4bit(state), not state.nested
-    # The first forward pass moves the scales from the weight to the layer's state.
+    return f"int8 {tuple(weight.shape)}", _scales_of_8bit(layer, weight).float(), True
+
+
+def kept_scales(layer: nn.Module, weight: Tensor) -> list[Tensor]:
+    """The tensors in which the scales of a quantized weight are kept, with the values of its numbers. Arguments as in
+    `scales`."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is None:
+        return [_scales_of_8bit(layer, weight)]
+    packed = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return [torch.as_tensor(values) for values in (state.absmax, state.code, *packed)]
+
+
+def _scales_of_8bit(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The largest magnitude of each row, (out,). The first forward pass moves them from the weight to the layer."""
     owner: Any = weight if getattr(weight, "SCB", None) is not None else vars(layer)["state"]
-    return f"int8 {tuple(weight.shape)}", owner.SCB.float(), True
+    return torch.as_tensor(owner.SCB)
 
 
 def _scales_of_4bit(state: Any) -> Tensor:

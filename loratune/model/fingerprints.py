@@ -30,9 +30,10 @@ from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 _log = logging.getLogger(__name__)
 
-VERSION, QUANTIZED_VERSION = "2:", "3:"
-"""The version of fingerprints, with which each of them begins; and that of bases which bitsandbytes quantized, whose
-fingerprints of version 2 did not contain the scales of the weights."""
+VERSION, QUANTIZED_VERSION, STORED_VERSION = "2:", "3:", "4:"
+"""The version of fingerprints, with which each of them begins; that of bases which bitsandbytes quantized, whose
+fingerprints of version 2 did not contain the scales of the weights; and that of bases whose files are quantized so,
+whose fingerprints of version 3 contained a sample of the weights only."""
 _SUMMED = 64
 """Integers of 8 bytes in a block; the sum of each block is hashed."""
 _PIECE = 1 << 26
@@ -59,7 +60,7 @@ def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
     All values count, as the sums of short blocks: on one core some 10 GB of bfloat16 a second, or 2 GB of float32.
     Floating-point values are rounded to bfloat16 first, so the dtype in which the model was loaded makes no difference.
     Of weights that bitsandbytes packed as it loaded the model, only a sample and the scales count, because the kernels
-    of other devices may round a few of them differently.
+    of other devices may round a few of them differently; of those that are packed in the files, every byte.
 
     Args:
         base: The model before PEFT wraps it, on any device.
@@ -67,24 +68,27 @@ def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
     """
     settings = _settings(base.config, _source(type(base)))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    version = VERSION
+    version, is_stored = VERSION, upstream.is_stored_quantized(base)
     for name, empty in _tensors(base):
         tensor = empty if read is None else read(name)
-        if upstream.is_packed(tensor):
-            version = QUANTIZED_VERSION
-            digest.update(f"{name} ".encode() + _sample(base.get_submodule(name.rpartition(".")[0]), tensor))
-        else:
+        if not upstream.is_packed(tensor):
             digest.update(f"{name} {tuple(tensor.shape)} ".encode() + block_sums(tensor))
+            continue
+        version, module = STORED_VERSION if is_stored else QUANTIZED_VERSION, _owner(base, name)
+        digest.update(f"{name} ".encode() + (_bytes(module, tensor) if is_stored else _sample(module, tensor)))
     return version + digest.hexdigest()
 
 
 def incomparable(recorded: str, found: str) -> tuple[str, str] | None:
     """Why a recorded fingerprint cannot be compared with that of a base: a sentence without its subject, and what to
     do; None if it can. found: the fingerprint of the base."""
-    if recorded.startswith(VERSION) and found.startswith(QUANTIZED_VERSION):
+    if recorded.startswith(VERSION) and found.startswith((QUANTIZED_VERSION, STORED_VERSION)):
         what = "records its base without the scales of its quantized weights, so the bases cannot be compared"
         return what, "train it again"
-    if not recorded.startswith((VERSION, QUANTIZED_VERSION)):
+    if recorded.startswith(QUANTIZED_VERSION) and found.startswith(STORED_VERSION):
+        what = "records only a sample of the quantized weights of its base, so the bases cannot be compared"
+        return what, "train it again"
+    if not recorded.startswith((VERSION, QUANTIZED_VERSION, STORED_VERSION)):
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
         return what, "upgrade loratune"
     return None
@@ -190,8 +194,21 @@ def _sample(module: torch.nn.Module, tensor: torch.Tensor) -> bytes:
     return sample + _scales(module, tensor) if upstream.is_packed(tensor) else sample
 
 
+def _owner(base: PreTrainedModel, name: str) -> torch.nn.Module:
+    """The module that has a tensor of this name."""
+    return base.get_submodule(name.rpartition(".")[0])  # type: ignore[no-any-return]
+
+
+def _bytes(module: torch.nn.Module, weight: torch.Tensor) -> bytes:
+    """The format of a packed weight of a module, with the sums of all its bytes and of those of its scales."""
+    quantized = import_module("loratune.kernels.quantized")
+    tensors = (weight, *quantized.kept_scales(module, weight))
+    parts = (block_sums(tensor, rounded=False) for tensor in tensors)
+    return f"{quantized.scales(module, weight)[0]} ".encode() + b"".join(parts)
+
+
 def _scales(module: torch.nn.Module, weight: torch.Tensor) -> bytes:
-    """The format and the scales of a packed weight of a module.
+    """The format and the scales of a weight of a module that was packed as it was loaded.
 
     Where the scales are packed as well, only their mean and that of their squares count, to 4 %: the last bit of the
     offset that all of them share depends on the device, and moves some of them to another number.
@@ -245,9 +262,8 @@ def _bits(base: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device} ".encode())
-        digest.update(block_sums(tensor, rounded=False))
-        if upstream.is_packed(tensor):
-            digest.update(_scales(base.get_submodule(name.rpartition(".")[0]), tensor))
+        is_packed = upstream.is_packed(tensor)
+        digest.update(_bytes(_owner(base, name), tensor) if is_packed else block_sums(tensor, rounded=False))
     return digest.hexdigest()
 
 
@@ -277,7 +293,7 @@ class FileStates:
         is_complete = [*self._states] == files_of(self._section)
         if newest > self._taken - _OLD or self._section.trust_remote_code or not is_complete:
             return NOTHING_KEPT
-        return kept_here(VERSION, QUANTIZED_VERSION, self._section.model_dump(), states, str(device))
+        return kept_here(VERSION, QUANTIZED_VERSION, STORED_VERSION, self._section.model_dump(), states, str(device))
 
     def check_unchanged(self, since: str = "while it was being read", fix: str = "start again") -> None:
         """Raises ModelError: a file has changed, or is gone."""

@@ -70,6 +70,12 @@ def is_packed(tensor: Any) -> bool:
     return is_4bit(tensor) or is_8bit(tensor)
 
 
+def is_stored_quantized(model: Any) -> bool:
+    """Whether the files of a model hold it quantized, rather than that it was quantized as it was loaded."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and bool(quantizer.pre_quantized)
+
+
 def is_quant_state(value: Any) -> bool:
     """Whether a value is the record that bitsandbytes keeps of a 4-bit tensor; the class is in no public module."""
     return type(value).__name__ == "QuantState"
