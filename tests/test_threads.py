@@ -1,8 +1,10 @@
 """Threads of one program, and what a program has set: results are those of a new process, and its states are kept."""
 
+import io
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,6 +19,7 @@ from conftest import ROWS, config_in, tree
 from running import WEIGHTS
 
 import loratune
+from loratune.api import libraries
 from loratune.codes import Code
 from loratune.errors import LockedError
 from loratune.system import turns
@@ -177,15 +180,17 @@ def uses(config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path) ->
 
 @contextmanager
 def inference_in_float64() -> Iterator[None]:
-    """With a default device on which nothing has values."""
+    """With a default device on which nothing has values, and products in bfloat16."""
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
+    torch.set_float32_matmul_precision("medium")
     try:
         with torch.inference_mode():
             yield
             assert torch.is_inference_mode_enabled() and torch.get_default_dtype() == torch.float64
-            assert torch.get_default_device().type == "meta"
+            assert torch.get_default_device().type == "meta" and torch.get_float32_matmul_precision() == "medium"
     finally:
+        torch.set_float32_matmul_precision("highest")
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
 
@@ -214,6 +219,61 @@ def test_random_states_are_kept_and_modes_change_nothing(
                 found = work()
             assert expected.setdefault(name, found) == found, (name, mode)
             assert states() == before, name
+
+
+def inference() -> Any:
+    mode = torch.inference_mode()
+    mode.__enter__()
+    return mode
+
+
+MODES: list[Callable[[], Any]] = [
+    lambda: torch.set_grad_enabled(False),
+    inference,
+    lambda: torch.set_default_device("meta"),
+    lambda: torch.set_default_dtype(torch.float64),
+    lambda: torch.set_autocast_enabled("cpu", True),
+    lambda: torch.set_float32_matmul_precision("medium"),
+]
+
+
+def modes() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device(),
+        torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision(),
+    )  # fmt: skip
+
+
+def test_what_a_listener_sets_does_not_reach_the_run(config: loratune.RunConfig, weights: bytes, folder: Path) -> None:
+    """Between two steps a listener runs in the thread of the run, and may set what the program itself may set."""
+    before, entered = modes(), []  # what a mode returns has to live on
+
+    def change(event: loratune.Event) -> None:
+        if isinstance(event, loratune.StepEvent):
+            entered.extend(mode() for mode in MODES)
+
+    made = loratune.train(at(config, folder / "changed"), on_event=change)
+    assert (made.path / WEIGHTS).read_bytes() == weights
+    assert len(entered) == 6 * len(MODES) and modes() == before
+
+
+def test_threads_redirect_stdout_one_at_a_time() -> None:
+    """Each would restore what it has found: the last one the stream of the other, for good."""
+    inside, leave, before = Event(), Event(), sys.stdout
+
+    def first_call() -> None:
+        with libraries():
+            inside.set()
+            leave.wait(60)
+
+    other = Thread(target=first_call)
+    with turns.stdout_to(io.StringIO()):
+        other.start()
+        assert not inside.wait(1)
+    assert inside.wait(60) and sys.stdout is sys.stderr
+    leave.set()
+    other.join()
+    assert sys.stdout is before
 
 
 def test_an_adapter_loaded_in_inference_mode_can_be_used_outside(adapter: loratune.Adapter, texts: list[str]) -> None:

@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Literal, TypeAlias
 
@@ -80,7 +80,7 @@ def libraries() -> Iterator[None]:
 
     The garbage collector is disabled inside, and afterwards ignores the million permanent objects that imports create.
     """
-    with redirect_stdout(sys.stderr), _silenced("bitsandbytes"):
+    with turns.stdout_to(sys.stderr), _silenced("bitsandbytes"):
         if "transformers" in sys.modules:  # little is left to import
             yield
             return
@@ -126,7 +126,7 @@ def training() -> Iterator[None]:
             return
         from loratune.system import accelerator
 
-        with accelerator.kept_random_states(), turns.passed_on():
+        with accelerator.kept_random_states(), accelerator.kept_modes(), turns.passed_on():
             outer(event)
 
     with turns.training(), listening(pass_on):

@@ -12,7 +12,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +26,7 @@ from packaging.requirements import Requirement
 
 from loratune.codes import Code
 from loratune.errors import NumericError, Problem
-from loratune.system import environment, platforms, release
+from loratune.system import environment, platforms, release, turns
 from loratune.system.kept_results import cache_directory
 from loratune.text import format_size, plural, without_userinfo
 
@@ -141,7 +140,7 @@ def describe() -> Environment:
         "program": _program, "packages": _packages, "processor": _processor, "compiled code": _compiled_code,
         "GPU": _gpus, "optional libraries": _libraries, "memory and disk": _memory, "hub": _hub,
     }  # fmt: skip
-    with redirect_stdout(sys.stderr):
+    with turns.stdout_to(sys.stderr):
         return Environment({title: _found(title, part) for title, part in parts.items()})
 
 

@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ from loratune.errors import ConfigError, DataError, LoratuneError, NumericError,
 from loratune.events import counting
 from loratune.kernels import crosses, length_limits
 from loratune.model.load import context_length
+from loratune.system import turns
 from loratune.system.accelerator import kept_random_states
 from loratune.system.environment import kept_environment
 
@@ -352,7 +353,7 @@ def contained() -> Iterator[None]:
     processes; afterwards random states and environment variables are restored."""
     printed = io.StringIO()
     try:
-        with kept_environment(), kept_random_states(), redirect_stdout(printed), redirect_stderr(printed):
+        with kept_environment(), kept_random_states(), turns.stdout_to(printed), redirect_stderr(printed):
             os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)

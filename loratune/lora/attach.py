@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from loratune.lora.tensors import (
     snapshot,
     weights,
 )
+from loratune.system import turns
 
 _EARLY_PEFT = re.compile(r"0\.(18\.|19\.0$)")
 
@@ -215,7 +216,7 @@ def load(base: PreTrainedModel | PeftModel, files: AdapterFiles, name: str = "de
 
 def wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftModel:
     """The base with LoRA by a configuration of PEFT, without PEFT's warnings."""
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
+    with warnings.catch_warnings(), turns.stdout_to(sys.stderr):  # packages of quantized bases print on import
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")  # PEFT reads it

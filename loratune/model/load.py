@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -35,7 +35,7 @@ from loratune.model.quantization import (
     record_of,
 )
 from loratune.model.source import KEY, QUANTIZATION_KEY, ModelSource, local_or_hub, locate
-from loratune.system import accelerator, launcher
+from loratune.system import accelerator, launcher, turns
 from loratune.system.accelerator import device as device
 
 _LOADING_ERRORS = (
@@ -130,7 +130,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         quantized.use_operations()
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
+        with turns.stdout_to(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
             model, info = from_pretrained(
                 config=config,
                 dtype=dtype,

@@ -103,17 +103,32 @@ def kept_random_states() -> Iterator[None]:
 
 
 @contextmanager
+def kept_modes() -> Iterator[None]:
+    """After this, torch's default dtype and device, gradient, inference and autocast mode and the precision of products
+    in float32 are as before."""
+    dtype, used, precision = torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", *USED)}
+    with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)
+            for kind, was_enabled in autocast.items():
+                torch.set_autocast_enabled(kind, was_enabled)
+            if torch.get_default_device() != used:
+                torch.set_default_device(None if used.type == "cpu" else used)
+
+
+@contextmanager
 def default_modes() -> Iterator[None]:
     """Inside, torch computes as in a new process, whatever the program has set: with gradients, outside of inference
-    mode and of autocast, in float32 and on the CPU where no dtype or device is named."""
-    with ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    mode and of autocast, in float32 and on the CPU where no dtype or device is named, with all bits of float32."""
+    with kept_modes(), torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         torch.set_default_dtype(torch.float32)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        torch.set_float32_matmul_precision("highest")
         for kind in ("cpu", *USED):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            torch.set_autocast_enabled(kind, False)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield

@@ -1,4 +1,4 @@
-"""Turns: one thread of a process computes at a time.
+"""Turns: one thread of a process computes at a time, and one at a time changes where stdout goes.
 
 Random states, torch's default dtype and the modes of a loaded model belong to the process, so threads that computed at
 the same time would change each other's results. A second training run is refused; everything else waits for its turn.
@@ -8,7 +8,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
 
 from loratune.codes import Code
 from loratune.errors import LockedError, Problem
@@ -21,6 +22,7 @@ class _State:
         threads: The threads that compute or wait, in the order they came; the first one computes.
         changed: Notified when they have changed.
         training: Held by a training run.
+        stdout: Held by the thread that has redirected stdout.
     """
 
     def __init__(self) -> None:
@@ -29,6 +31,7 @@ class _State:
     def reset(self) -> None:
         """Forget all threads: those of a forked process are its parent's."""
         self.threads, self.changed, self.training = deque[int](), threading.Condition(), threading.Lock()
+        self.stdout = threading.RLock()
 
 
 _state = _State()
@@ -81,6 +84,14 @@ def passed_on() -> Iterator[None]:
         yield
     finally:
         _wait(own)
+
+
+@contextmanager
+def stdout_to(stream: TextIO) -> Iterator[None]:
+    """Inside, what is printed on stdout goes to a stream, and other threads that want to redirect it wait: each of two
+    would restore what it has found, and the last one the stream of the other. Inside, wait for no turn."""
+    with _state.stdout, redirect_stdout(stream):
+        yield
 
 
 def _has_turn(thread: int) -> bool:

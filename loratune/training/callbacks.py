@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -31,7 +31,7 @@ from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit, not
 from loratune.kernels import global_norm
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.tensors import Weights, read_weights
-from loratune.system import accelerator
+from loratune.system import accelerator, turns
 from loratune.system.launcher import Group
 from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, Checkpoints, StepLosses
 from loratune.training.retention import RetentionTerm
@@ -357,7 +357,7 @@ class Tracker(TrainerCallback):
             return
         try:
             # W&B prints on stderr by itself, and keeps hold of the streams that it finds.
-            with _same_random_numbers(), nullcontext() if self._name == "wandb" else redirect_stdout(sys.stderr):
+            with _same_random_numbers(), nullcontext() if self._name == "wandb" else turns.stdout_to(sys.stderr):
                 action()
         except LoratuneError:
             raise
