@@ -786,6 +786,15 @@ def test_values_in_memory_are_converted() -> None:
     assert first == {"a": 1, "b": "x", "c": [{"d": [1, 2]}]} and second == {"a": None, "b": None, "c": None}
 
 
+def test_a_number_of_too_many_digits_in_an_unread_field_is_as_a_value_that_cannot_be_read() -> None:
+    rows = [row | {"n": [{"more": 10**5000}]} for row in PAIRS]
+    read = data.read_datasets(
+        DataSection(train=Source(path=sources.GIVEN)), 0, given={"train": sources.given_rows(rows, "train")}
+    )
+    assert len([*read.train.examples()]) == len(PAIRS)
+    assert sources.given_rows(rows, "train").digest != sources.given_rows(PAIRS, "train").digest
+
+
 def test_invalid_rows_in_memory_are_refused() -> None:
     wrongs: list[Any] = ["rows.jsonl", {"prompt": []}, 3, None]
     for wrong in wrongs:
@@ -808,6 +817,7 @@ def test_invalid_rows_in_memory_are_refused() -> None:
         "train[0]": ([{0: "a", "0": "b"}], Code.DATA_SYNTAX),
         "train[1]": ([PAIRS[0], "text"], Code.DATA_SYNTAX),
         "train[2]": ([*PAIRS[:2], {"prompt": "a"}], Code.DATA_FIELD),
+        "train[3]": ([*PAIRS[:3], {"prompt": "a", "completion": 10**5000}], Code.DATA_FIELD),
         "train": ([], Code.DATA_EMPTY),
     }
     for where, (rows, code) in refused.items():

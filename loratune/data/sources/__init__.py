@@ -25,6 +25,7 @@ from loratune.data.sources.rows import (
     MAX_PROBLEMS,
     Row,
     RowOrProblem,
+    Unreadable,
     duplicate_columns,
     jsonl_rows,
     place_parts,
@@ -39,6 +40,10 @@ from loratune.system.environment import cache_fix
 
 GIVEN = "(rows given by the program)"
 """The path, in a config, of a source whose rows were passed in memory by a program."""
+
+
+MOST_BITS = 14_000
+"""Of a whole number; Python writes as text what has at most 4,300 digits, about 14,284 bits."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,8 @@ def _plain(value: Any) -> Any:
         return plain if len(plain) == len(names) else repeated_key(names)
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        return Unreadable("a number of too many digits")
     return _plain(value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
 
 
