@@ -153,6 +153,41 @@ def test_a_signal_after_the_last_check_of_the_trainer(
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
 
 
+BEFORE_CALL = """
+import signal
+from loratune.cli import training
+from loratune.system.output_dir import OutputDirectory
+
+unchanged = {owner}.{name}
+def signalled(*arguments):
+    signal.raise_signal(signal.SIGTERM)
+    return unchanged(*arguments)
+
+{owner}.{name} = signalled
+"""
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [("OutputDirectory", "_take_place"), ("OutputDirectory", "_remove_work"), ("training", "_show_adapter")],
+)
+def test_a_signal_while_the_adapter_takes_its_place(
+    owner: str, name: str, replaces: bool, run_config: MakeConfig, tmp_path: Path, processes: ForkServer, cli: Cli
+) -> None:
+    """What is begun is done: a run that left half its work would say `--resume`, and then refuse it."""
+    config = run_config(training={"max_steps": 2, "save_steps": 1})
+    if replaces:
+        assert cli("train", config, "--set", "training.max_steps=1").code == 0
+    options = ["--overwrite"][: int(replaces)]
+    child = processes.start("train", config, *options, first=BEFORE_CALL.format(owner=owner, name=name))
+    assert child.wait() == 143
+    assert f"error: terminated; {tmp_path / 'out'} is finished and whole" in child.said()
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 2
+    assert cli("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 1, "3 and 3 make").code == 0
+
+
 def test_a_second_signal_stops_immediately(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """In a step of eight batches, which the first signal alone does not interrupt."""
     first = IN_FIRST_STEP.format(numbers=[[], [int(signal.SIGINT)], [], [int(signal.SIGINT)]])

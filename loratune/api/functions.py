@@ -147,8 +147,12 @@ def train(
 
         if trained is None:  # the main process may still be publishing
             return Adapter.later(run.directory.output)
-        adapter = Adapter(run.directory.output)
-        emit(FinishedEvent(PublishedAdapter(run, trained)))
+        try:
+            adapter = Adapter(run.directory.output)
+            emit(FinishedEvent(PublishedAdapter(run, trained)))
+        except StopSignal as stop:
+            stop.published = run.directory.output
+            raise
         return adapter
 
 

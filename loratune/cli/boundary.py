@@ -28,7 +28,7 @@ from loratune.events import listening
 from loratune.system import environment, launcher, platforms, signals
 from loratune.system.environment import cache_fix
 from loratune.system.launcher import Group
-from loratune.system.signals import Stop, Termination, raise_on_signals
+from loratune.system.signals import Stop, StopSignal, Termination, raise_on_signals
 from loratune.text import without_userinfo
 
 _DISK_FULL = (Code.SYSTEM_DISK_FULL, 8, "make room")
@@ -121,7 +121,10 @@ def _is_stop(error: BaseException) -> bool:
 
 
 def stop_error(stop: KeyboardInterrupt, fix: str = "") -> LoratuneError:
-    """The error that ends a command after a signal. fix: how to continue."""
+    """The error that ends a command after a signal. fix: how to continue; by default that the result is in its place,
+    if it was before the signal was heeded."""
+    if not fix and isinstance(stop, StopSignal) and stop.published is not None:
+        fix = f"{stop.published} is finished and whole"
     if isinstance(stop, Termination):
         return Terminated(Problem(Code.TERMINATED, "terminated", fix=fix))
     return Interrupted(Problem(Code.INTERRUPTED, "interrupted", fix=fix))

@@ -76,7 +76,9 @@ def train(
             )  # fmt: skip
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
-            if isinstance(stop, StopSignal) and stop.is_resumable:
+            if isinstance(stop, StopSignal) and stop.published is not None:
+                fix = ""
+            elif isinstance(stop, StopSignal) and stop.is_resumable:
                 processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
                 fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
             raise stop_error(stop, fix) from None

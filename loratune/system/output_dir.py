@@ -14,7 +14,7 @@ from typing import ClassVar, Self, TextIO
 from loratune.codes import Code
 from loratune.errors import ConfigError, LockedError, Problem, is_disk_full
 from loratune.events import note
-from loratune.system import directories, files
+from loratune.system import directories, files, signals
 from loratune.system.directories import CONFIG_INPUT, Contents, Inputs, scan, scan_recorded, shortened
 from loratune.system.launcher import host
 
@@ -295,7 +295,8 @@ class OutputDirectory:
         Returns the foreign files that are left in the work in progress.
 
         Raises ConfigError: something has come to the output directory, which is not replaced then; or the result cannot
-        be moved there. OSError: the disk is full.
+        be moved there. OSError: the disk is full. StopSignal: a signal came while the result took its place, see
+        `StopSignal.published`.
         """
         self._check_output()
         umask = os.umask(0)
@@ -305,6 +306,18 @@ class OutputDirectory:
                 path.chmod(0o666 & ~umask)
             files.sync(path)
         files.sync(self.staging)
+        with signals.hold_signals() as held:
+            self._take_place()
+            files.sync(self.output.parent)
+            left = self._remove_work()
+        if held.requested is not None:
+            stop = held.requested()
+            stop.published = self.output
+            raise stop
+        return left
+
+    def _take_place(self) -> None:
+        """Move the staged result to the output directory, and what was there to `replaced`; or nothing of both."""
         try:
             if os.path.lexists(self.output):
                 self.output.rename(self.replaced)
@@ -318,8 +331,6 @@ class OutputDirectory:
             what = f"the finished {self.noun} cannot be moved there: {error.strerror}"
             fix = f"repair that, or move away what is there, and {self._proceed}"
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix, str(self.output)) from None
-        files.sync(self.output.parent)
-        return self._remove_work()
 
     @contextmanager
     def staged(self, size: int, what: str) -> Iterator[Path]:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,9 +26,16 @@ from loratune.system.platforms import is_writable
 
 
 class StopSignal(KeyboardInterrupt):
-    """A signal that requests termination. is_resumable: whether a run has left a checkpoint to resume from."""
+    """A signal that requests termination.
+
+    Attributes:
+        is_resumable: Whether a run has left a checkpoint to resume from.
+        published: The result, which was finished and in its place before the process heeded the signal; None if it was
+            not.
+    """
 
     is_resumable = False
+    published: Path | None = None
 
 
 class Interruption(StopSignal):
@@ -198,15 +206,16 @@ def default_actions() -> Iterator[None]:
 
 
 @contextmanager
-def hold_signals(*, requested: bool) -> Iterator[None]:
-    """Inside, signals are only remembered: the process is ending already, and reports why.
+def hold_signals(*, requested: bool = False) -> Iterator[Stop]:
+    """Inside, signals are only remembered: the process is ending already, and reports why; or it does what must not be
+    done by half, and looks at the `Stop` afterwards.
 
     requested: It ends because of a signal.
     """
     handler = _Handler()
     handler.requested = Termination if requested else None
     with _handled(handler):
-        yield
+        yield handler
 
 
 def ignore_signals() -> None:
