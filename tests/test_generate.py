@@ -360,7 +360,7 @@ def test_an_existing_output_is_replaced_only_on_request(cli: Cli, plain: Path, t
     """It is refused before anything is loaded. Input files are never overwritten."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
     out = tmp_path / "answers.jsonl"
-    out.write_text("precious\n")
+    out.write_text('{"precious": 1}\n')
     (tmp_path / ".answers.jsonl.unfinished").symlink_to(questions)
     before = tree(tmp_path)
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output")

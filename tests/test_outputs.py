@@ -379,6 +379,29 @@ def test_what_an_adapter_was_made_of_is_never_overwritten(
             named.unlink()
 
 
+def test_nothing_is_written_into_an_adapter_directory(tmp_path: Path) -> None:
+    """Also of an adapter that the command does not read."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("card")
+    for name in ("README.md", "new.jsonl", "adapter_config.json"):
+        assert "lies in an adapter directory" in refused(Code.OUTPUT_UNUSABLE, tmp_path / name, overwrite=True).what
+
+
+@pytest.mark.parametrize("begins", ["{", output_file.HTML])
+def test_only_a_file_of_the_same_kind_is_replaced(begins: str, tmp_path: Path) -> None:
+    """A config is in no record of its adapter, so nothing else would protect it from a mistyped name."""
+    for number, text in enumerate(("", begins, f"{begins} and more\n")):
+        path = tmp_path / str(number)
+        path.write_text(text)
+        output_file.output(path, "--output", overwrite=True, begins=begins)
+    for name, content in {"run.yaml": b"model:\n", "cut.html": b"<!DOC", "model": b"\xff\x00", "page": b" \n"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            output_file.output(tmp_path / name, "--output", overwrite=True, begins=begins)
+        assert meanings(caught.value) == [(Code.OUTPUT_UNUSABLE, str(tmp_path / name), "--output")]
+        assert "another kind of file" in caught.value.problems[0].what
+
+
 def test_outputs_may_be_beside_the_rows_of_an_adapter(adapter: Path, cli: Cli) -> None:
     """Even in a directory of rows: who trains on the rows of the working directory writes results there."""
     page = adapter.parent / "validation" / "page.html"

@@ -513,7 +513,7 @@ def test_invalid_outputs_and_missing_matplotlib_are_refused(
     runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path
 ) -> None:
     adapter, page = runs[0] / "one", tmp_path / "page.html"
-    page.write_text("precious")
+    page.write_text("<!DOCTYPE html>precious")
     ran = cli("report", "--adapter", adapter, "--output", page)
     check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(page), "--output"))
     inside = adapter / "page.html"
@@ -526,7 +526,7 @@ def test_invalid_outputs_and_missing_matplotlib_are_refused(
         ran = cli("report", "--adapter", tmp_path / "gone", "--output", tmp_path / "new.html")
     check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", ""))
     assert "pip install 'loratune[report]'" in ran.err
-    assert page.read_text() == "precious" and [*tmp_path.iterdir()] == [page]
+    assert page.read_text() == "<!DOCTYPE html>precious" and [*tmp_path.iterdir()] == [page]
     assert cli("report", "--adapter", adapter, "--output", page, "--overwrite").code == 0
     assert Page(page).tags
 

@@ -363,7 +363,9 @@ class Adapter(Adapters):
             subjects = [one for one in (self, other) if one is not None]
             inputs = [path for one in subjects for path in one.inputs()]
             inputs += [Path(rows)] if isinstance(rows, str | PathLike) else []
-            file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs)
+            file = output_file.output(
+                Path(output), "--output", overwrite=overwrite, inputs=inputs, begins=output_file.HTML
+            )
             with libraries():
                 from loratune.commands import report
 

@@ -339,7 +339,9 @@ def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False
 
     Raises ConfigError: The directory does not hold a study, or the file cannot be written.
     """
-    file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=[Path(directory)])
+    file = output_file.output(
+        Path(output), "--output", overwrite=overwrite, inputs=[Path(directory)], begins=output_file.HTML
+    )
     with libraries():
         from loratune.commands import report
 

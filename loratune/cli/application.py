@@ -144,7 +144,8 @@ def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path])
     if output.suffix.lower() in (".gz", ".parquet"):
         what, fix = f"files of the type `{output.suffix}` are not written", "choose a name that ends in .jsonl or .csv"
         raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(output), "--output", fix))
-    return output_file.output(output, "--output", overwrite=overwrite, inputs=tuple(inputs))
+    begins = "" if output.suffix.lower() == ".csv" else "{"
+    return output_file.output(output, "--output", overwrite=overwrite, inputs=tuple(inputs), begins=begins)
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: Output | None) -> None:

@@ -19,12 +19,15 @@ from typing import TextIO
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
-from loratune.system.files import contains, kind, sync
+from loratune.system.directories import CONFIG
+from loratune.system.files import contains, is_file, kind, sync
 from loratune.system.platforms import SAFE_OPEN
 
 _OPEN_FILE = re.compile(r"/dev/(?P<name>stdout|stderr)|(/dev|/proc/self)/fd/(?P<number>\d+)")
 _STREAMS = {"stdout": 1, "stderr": 2}
 _EXISTS = "already exists"
+HTML = "<!DOCTYPE html>"
+"""How a page begins."""
 _NAME_BYTES = 200
 """The most bytes of a file's name that are used in the name of its unfinished form; a name may have 255."""
 
@@ -40,6 +43,7 @@ class Output:
         handle: The open file of this process that the path names, if it does.
         overwrite: Whether an existing file may be replaced; None if the command never does.
         inputs: Files, directories and globs that the command reads. None of them is ever replaced.
+        begins: How what is written begins. A file that begins otherwise is something else, and is never replaced.
     """
 
     named: str
@@ -48,6 +52,7 @@ class Output:
     handle: int | None
     overwrite: bool | None
     inputs: tuple[Path, ...]
+    begins: str = ""
 
     def reading(self, *inputs: Path) -> "Output":
         """The same output for a command that also reads these paths. Raises ConfigError: see `output`."""
@@ -82,10 +87,20 @@ class Output:
             return "" if os.access(self.path, os.W_OK) else "cannot be written"
         if (source := self._input_at_path()) is not None:
             return f"is, or belongs to, an input ({source})" if file_kind else f"lies in an input ({source})"
+        if is_file(parent / CONFIG):
+            return "lies in an adapter directory"
+        if file_kind and not self._is_alike():
+            return f"is another kind of file: it does not begin with `{self.begins}`, and is not replaced"
         if file_kind and not self.overwrite:
             return _EXISTS
         paths = [self.path, parent] if file_kind else [parent]
         return "" if all(os.access(path, os.W_OK) for path in paths) else "cannot be written"
+
+    def _is_alike(self) -> bool:
+        """Whether the file that is there is empty, or begins as what is written."""
+        expected = self.begins.encode()
+        with self.path.open("rb") as file:
+            return file.read(len(expected)) in (b"", expected)
 
     def _input_at_path(self) -> Path | None:
         """The input that the file is or belongs to, or would belong to when it is written, by whatever name."""
@@ -120,9 +135,9 @@ class Output:
 
     @contextmanager
     def _stream(self) -> Iterator[TextIO]:
-        """A pipe or device, or a file that is open already and is continued at its position."""
-        handle = os.dup(self.handle) if self.handle is not None else os.open(self.path, os.O_WRONLY)
-        with _text(handle) as file:
+        """A pipe or device, or a file that is open already and is continued at its position. Raises ConfigError: it
+        cannot be opened."""
+        with _text(os.dup(self.handle) if self.handle is not None else self._open(self.path, os.O_WRONLY)) as file:
             yield file
 
     @contextmanager
@@ -131,7 +146,7 @@ class Output:
         short = os.fsencode(self.path.name)[:_NAME_BYTES].decode(errors="ignore")
         unfinished = self.path.with_name(f".{short}.{secrets.token_hex(6)}.unfinished")
         try:
-            with _text(self._created(unfinished)) as file:
+            with _text(self._open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE_OPEN)) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -141,10 +156,10 @@ class Output:
             raise
         self._rename(unfinished)
 
-    def _created(self, unfinished: Path) -> int:
-        """The handle of a new file. Raises ConfigError: it cannot be created."""
+    def _open(self, path: Path, flags: int) -> int:
+        """The handle of an opened or new file. Raises ConfigError: it cannot be opened or created."""
         try:
-            return os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE_OPEN, 0o666)
+            return os.open(path, flags, 0o666)
         except OSError as error:
             if is_disk_full(error):
                 raise
@@ -167,18 +182,18 @@ class Output:
             raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key, fix)) from None
 
 
-def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Path] = ()) -> Output:
+def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Path] = (), begins: str = "") -> Output:
     """Check where a command is to write, before it begins. See `Output` for the arguments.
 
-    Raises ConfigError: the file exists and may not be replaced; it is, or belongs to, an input; it is a directory, a
-    socket or a disk; its directory does not exist; it cannot be written.
+    Raises ConfigError: the file exists and may not be replaced; it is, or belongs to, an input; it is in an adapter
+    directory; it is a directory, a socket or a disk; its directory does not exist; it cannot be written.
     """
     try:
         resolved, handle = _resolve(path)
     except (OSError, ValueError) as error:
         problem = Problem(Code.OUTPUT_UNUSABLE, _unreadable(error), str(path), key, "choose another path")
         raise ConfigError(problem) from None
-    target = Output(str(path), key, resolved, handle, overwrite, tuple(inputs))
+    target = Output(str(path), key, resolved, handle, overwrite, tuple(inputs), begins)
     target.check()
     return target
 
