@@ -424,6 +424,15 @@ def test_name_as_a_string_is_not_treated_as_a_list(text: str) -> None:
     assert "model.layers.0.self_attn.q_proj" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("all_linear", "did you mean `all-linear`?"), ("All Linear", "did you mean `all-linear`?"),
+     ("all", "did you mean `all-linear`?"), ("qkvo", "[q, k, v, o]")],
+)  # fmt: skip
+def test_what_is_nearly_a_keyword_or_a_list_is_suggested(text: str, said: str) -> None:
+    assert said in failure(ModelError, small("llama"), text, Code.LORA_UNKNOWN_TARGET)
+
+
 def test_unmatched_regular_expression_is_refused() -> None:
     message = failure(ModelError, small("llama"), r"layers\.\d+\.q_proj", Code.LORA_UNKNOWN_TARGET)
     assert message.endswith("match whole paths, such as model.layers.0.self_attn.q_proj")

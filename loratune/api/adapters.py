@@ -273,8 +273,9 @@ def parse_scales(text: str) -> tuple[float, ...]:
 
 
 def _number_of_scales(number: str) -> ConfigError:
-    what = f"{number} scales are not from 1 to {_MOST_SCALES}"
-    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
+    what = f"holds {number} scales; give from 1 to {_MOST_SCALES}"
+    fix = "write it like 0.5,0.7,1, or as first:last:step, 0:1:0.1"
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
 
 
 def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:

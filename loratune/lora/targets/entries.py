@@ -120,7 +120,11 @@ class Resolver:
         what = f"the regular expression `{text}` matches no {noun} in {self.survey.architecture}"
         fix = f"match whole {'paths' if key == KEY else 'names'}, such as {next(iter(known), 'none')}"
         words = re.split(r"[\s,|]+", text.strip())
-        if all(re.fullmatch(r"[\w.]+", word) for word in words):  # such as `q,k`
+        if key == KEY and {*text} <= {*ROLES}:  # such as `qkvo`
+            words = [*text]
+        if key == KEY and re.fullmatch(r"all[\W_]*(lin\w*|layers|modules)?", text.strip(), re.IGNORECASE):
+            fix = f"did you mean `all-linear`? {fix}"
+        elif all(re.fullmatch(r"[\w.]+", word) for word in words):  # such as `q,k`
             fix = f"write a list to name {nouns}, [{', '.join(words)}]; or {fix}"
         self._refuse(Code.LORA_UNKNOWN_TARGET, what, key, fix)
         return {}
