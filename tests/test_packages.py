@@ -163,10 +163,10 @@ OF_PROCESS = {
 OF_THE_COMMAND_LINE = ("cli/", "__main__.py", "console.py", "system/signals.py")
 RESTORED = {
     "system/environment.py": "os.environ", "compare/harness.py": "os.environ",
-    "export/llama_cpp_process.py": "print",
+    "export/llama_cpp_process.py": "print", "system/output_dir.py": "signals.hold_signals",
 }  # fmt: skip
-"""File → its exception: it sets variables for the command line, restores them at the end, or prints in its own
-process."""
+"""File → its exception: it sets variables for the command line, restores them or handlers of signals at the end, or
+prints in its own process."""
 
 
 def only_the_command_line_changes_the_process(root: Path) -> Iterator[str]:
