@@ -681,6 +681,28 @@ def test_loss_on_assistant_and_templates_require_conversations(row: dict[str, An
             assert [problem.code for problem in refused(row, **section)] == [Code.DATA_FORMAT]
 
 
+def test_labels_replace_whole_answers() -> None:
+    """White space around them stays; earlier answers of a conversation are no labels."""
+    labels = {"b": "B", "b c": "c"}
+    for answer, expected in {"b": "B", " b\n": " B\n", "b c": "c", "bb": "bb", "B": "B", "": ""}.items():
+        assert parse(PAIR | {"completion": answer}, labels=labels) == Plain("f:1", "a", expected)
+        found = chat({"messages": [USER, BOT, USER, BOT | {"content": answer}]}, labels=labels).messages
+        assert [message["content"] for message in found] == ["a", "b", "a", expected]
+        assert chat({"instruction": "a", "output": answer}, labels=labels).messages[-1]["content"] == expected
+    assert chat({"messages": [BOT, USER]}, labels=labels).messages == (BOT, USER)
+
+
+def test_labels_without_effect_are_named() -> None:
+    read = parser(PAIR, labels={"b": "B", "x": "y"})
+    read(Row("f:1", PAIR))
+    assert read.unseen_labels == {"x"}
+    assert read.identity != parser(PAIR).identity != parser(PAIR, labels={"b": "c"}).identity
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for row in ({"text": "a"}, {"input_ids": [1, 2]}, pair, pair | {"chosen": [BOT], "rejected": [OTHER]}):
+        (problem,) = refused(row, labels={"b": "c"})
+        assert (problem.code, problem.key) == (Code.DATA_FORMAT, "data.labels")
+
+
 def test_unused_fields_are_reported() -> None:
     assert unused_fields(PAIR, PAIR | {"id": 1}, PAIR | {"system": "s"}) == {"id", "system"}
     assert unused_fields({"q": "a", "completion": "b", "prompt": "x"}, columns={"prompt": "q"}) == set()

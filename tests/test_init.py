@@ -545,6 +545,9 @@ def test_class_labels_beside_texts_become_answers(cli: Cli, tiny_dir: Path, here
     lines = ran.err.splitlines()
     assert "rows: 6 classes: `Billing` 12, `Log in` 12, `billing ` 3, `log-in` 2, `Refund` 1, `biling` 1" in lines
     said = "`Billing` 12, `billing ` 3, `biling` 1; `Log in` 12, `log-in` 2"
+    joined = "{billing: Billing, biling: Billing, log-in: Log in}"
+    said += f"; if they are the same, set data.labels: {joined}"
+    assert f"\n  # labels: {joined}\n" in written
     assert f"rows: classes that look alike, and are learned as different ones: {said}" in lines
     assert "rows: classes of fewer than 10 rows: `billing ` 3, `log-in` 2, `Refund` 1, `biling` 1" in lines
     assert "rows: rows with a class whose text is empty: 2 (tickets.jsonl:4, tickets.jsonl:21)" in lines

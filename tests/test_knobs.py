@@ -98,6 +98,7 @@ DATA: dict[str, Any] = {
     "sample_by": "paragraph",
     "format": "text",
     "columns": {"prompt": "system", "completion": "prompt"},
+    "labels": {"cccc": "d"},
     "chat_template": "other.jinja",
     "chat_template_kwargs": {"tone": "dry"},
     "reasoning": "mask",

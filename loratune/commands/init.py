@@ -149,6 +149,8 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
     chat = ", through the model's chat template" if rows.train.chat else ""
     count = f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}"
     draft.reasons["data.train"] = f"{count}, {' and '.join(rows.train.formats)}{chat}"
+    if labels := rows.classes.joined():
+        draft.propose("data.labels", labels, "for classes that look alike: the first are learned as the second")
     paired, split = rows.rows_per_example > 1, run.data.truncation_of(is_text=rows.is_text) == "split"
     blocks = int(rows.all_lengths.sum()) // init_start.BLOCK if split else 0
     held_out = _choose_validation(draft, run, rows, blocks)

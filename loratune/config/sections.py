@@ -7,7 +7,16 @@ and are passed on by `model_dump`, so new fields reach the object automatically.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 
 from loratune.codes import Code
 from loratune.config.expressions import BadPatternError, compile_pattern
@@ -113,6 +122,10 @@ WEIGHT, MOST_WEIGHT = COLUMNS[-1], 1_000_000
 """The field with the factor of a row in the loss, and the largest factor."""
 
 
+UNLABELLED = ("text", "input_ids", "preference", "unpaired_preference")
+"""Formats whose rows have no answer that `data.labels` could replace."""
+
+
 class DataSection(Section):
     """Which rows, and which of their tokens are supervised."""
 
@@ -139,6 +152,10 @@ class DataSection(Section):
         {},
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
         description="field → its name in the data, e.g. {prompt: question}; then a field `prompt` is ignored",
+    )
+    labels: dict[str, Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]] = Field(
+        {},
+        description="answer, without the white space around it → what is learned instead, e.g. {biling: billing}",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     chat_template_kwargs: TemplateArguments = Field(
@@ -202,6 +219,7 @@ class DataSection(Section):
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         yield from self._column_conflicts()
+        yield from self._label_conflicts()
         yield from self._source_conflicts()
         yield from self._length_conflicts()
         if self.share_prefixes is True and self.packing == "none":
@@ -253,6 +271,13 @@ class DataSection(Section):
             if names.count(name) > 1:
                 message = f"the data's `{name}` is given for two fields of a row"
                 yield InvalidSettingError(message, "columns", fix="give each field its own")
+
+    def _label_conflicts(self) -> Iterator[InvalidSettingError]:
+        if self.labels and self.format in UNLABELLED:
+            yield InvalidSettingError(f"{self.format} rows have no answers that are labels", "labels", "format")
+        if again := [label for name, label in self.labels.items() if self.labels.get(label, label) != label]:
+            fix = "give each answer the label that it is to have in the end"
+            yield InvalidSettingError(f"`{again[0]}` is replaced as well", "labels", fix=fix)
 
     def _source_conflicts(self) -> Iterator[InvalidSettingError]:
         sources = {"train": self.train_sources, "validation": self.validation_sources, "test": self.test_sources}

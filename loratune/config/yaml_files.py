@@ -302,10 +302,12 @@ class Draft:
     Attributes:
         document: The values set so far, and where they were set.
         reasons: `section.key` → the reason for its value.
+        proposals: `section.key` → a value that is written as a comment.
     """
 
     document: Document
     reasons: dict[str, str] = field(default_factory=dict)
+    proposals: dict[str, Any] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -325,6 +327,11 @@ class Draft:
         (self.values.setdefault(section, {}) if section else self.values)[name] = value
         self.reasons[key] = reason
 
+    def propose(self, key: str, value: Any, reason: str) -> None:
+        """Write `section.key` as a comment, to be uncommented, unless it is set."""
+        if not self.has(key):
+            self.proposals[key], self.reasons[key] = value, reason
+
     def text(self, title: str) -> str:
         """The config as YAML, in the order of the schema, each value with its reason. title: a comment at the top."""
         return "\n".join([*_comment(title, ""), "", *self._lines()]) + "\n"
@@ -335,8 +342,12 @@ class Draft:
             if isinstance(value, dict):
                 section: Any = information.annotation
                 yield f"{name}:"
-                for key in sorted(value, key=[*section.model_fields].index):
-                    yield from _line(f"  {key}: {_in_a_line(value[key])}", self.reasons.get(f"{name}.{key}", ""))
+                for key in section.model_fields:
+                    full = f"{name}.{key}"
+                    if key in value:
+                        yield from _line(f"  {key}: {_in_a_line(value[key])}", self.reasons.get(full, ""))
+                    elif full in self.proposals:
+                        yield from _line(f"  # {key}: {_in_a_line(self.proposals[full])}", self.reasons[full])
                 yield ""
             elif name in self.values:
                 yield from _line(f"{name}: {_in_a_line(value)}", self.reasons.get(name, ""))

@@ -331,13 +331,27 @@ class Classes:
         if not self.counts:
             return
         yield f"{len(self.counts):,} classes: {self._listed(self.counts)}"
-        if groups := alike(self.counts):
-            similar = listed([*map(self._listed, groups)], _SHOWN, "; ")
-            yield f"classes that look alike, and are learned as different ones: {similar}"
+        yield from filter(None, [self.remark_on_similar()])
         if rare := [name for name, count in self.counts.items() if count < UNITS_PER_LABEL]:
             yield f"classes of fewer than {UNITS_PER_LABEL} rows: {self._listed(rare)}"
         if self.empty.count:
             yield f"rows with a class whose text is empty: {self.empty.count:,} ({self.empty.places})"
+
+    def remark_on_similar(self) -> str:
+        """A line on classes that look alike, and what would join them; empty if there are none."""
+        if not (groups := alike(self.counts)):
+            return ""
+        similar = listed([*map(self._listed, groups)], _SHOWN, "; ")
+        fix = f"; if they are the same, set data.labels: {yaml_flow(labels)}" if (labels := self.joined()) else ""
+        return f"classes that look alike, and are learned as different ones: {similar}{fix}"
+
+    def joined(self) -> dict[str, str]:
+        """Proposed `data.labels`: each class → the most frequent one that looks like it."""
+        found: dict[str, str] = {}
+        for group in alike(self.counts):
+            most, *others = sorted(group, key=lambda name: (-self.counts[name], name))
+            found |= {name.strip(): most.strip() for name in others if name.strip() != most.strip()}
+        return found
 
     def _listed(self, names: Iterable[str]) -> str:
         ordered = sorted(names, key=lambda name: (-self.counts[name], name))

@@ -17,7 +17,7 @@ from loratune.data.rendering import Renderer
 
 MOST_ROWS = 20_000
 """The most rows that are tokenized; of more rows, a random sample of this size."""
-_LABEL_TOKENS = 16
+LABEL_TOKENS = 16
 """The largest median of supervised tokens for completions to count as labels."""
 OBJECTIVES = {None: "sft", PAIRS: "dpo", UNPAIRED: "kto"}
 """Kind of rows → the objective chosen for them."""
@@ -95,7 +95,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int) -> tuple[
     for split in raw.splits.values():
         split.check_kind(kind, OBJECTIVES[kind])
     rows_per_example = 2 if kind == PAIRS else 1
-    is_short = kind is None and float(np.median(rows.supervised)) <= _LABEL_TOKENS
+    is_short = kind is None and float(np.median(rows.supervised)) <= LABEL_TOKENS
     classes = Classes.of(raw.train.examples(), len(raw.train), section.loss_on) if is_short else Classes()
     saved = BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, rows_per_example).saving()
     lengths = np.concatenate([split.lengths for split in tokenized])

@@ -121,6 +121,9 @@ class DatasetSplit:
             f"fields not read: {quote(fields)} ({names[0]}{', ...' if names[1:] else ''})"
             for fields, names in files_by_fields.items()
         ]
+        unseen = set.intersection(*(file.parser.unseen_labels for file in self.index.files))
+        if unseen and self.name == "train":
+            unused.append(f"data.labels: no row has the answer {quote(sorted(unseen))}")
         if label := next(filter(None, (file.parser.unread_label for file in self.index.files)), ""):
             how = "set data.format to unpaired_preference and training.objective to kto"
             unused.append(f"if `{label}` says which answers are desirable, {how}, or undesirable ones are learned too")

@@ -17,6 +17,8 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.data import TokenizedDataset
+from loratune.data.fields import Classes
+from loratune.data.measured_rows import LABEL_TOKENS
 from loratune.data.rendering import Renderer
 from loratune.data.rendering.spans import DESIRABLE
 from loratune.data.report import remarks_on_weights
@@ -142,6 +144,9 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
             remarks["train"].append("data.stride has no effect, as no row is split into blocks")
         if section.prompt_loss_weight and train.formats == ["text"]:
             remarks["train"].append("data.prompt_loss_weight has no effect, as the rows are texts without a prompt")
+        if train.kind is None and float(np.median(splits["train"].rows.supervised)) <= LABEL_TOKENS:
+            classes = Classes.of(train.examples(), len(train), section.loss_on)
+            remarks["train"] += filter(None, [classes.remark_on_similar()])
         rendering = (
             renderer.remark_on_bos(splits["train"].rows.row(0).ids),
             data.remark_on_arguments(train, splits["train"].rows, renderer),

@@ -13,7 +13,7 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.config.sections import MOST_WEIGHT, WEIGHT
+from loratune.config.sections import MOST_WEIGHT, UNLABELLED, WEIGHT
 from loratune.config.template_arguments import FIELD
 from loratune.data import formats
 from loratune.data.formats import (
@@ -22,6 +22,7 @@ from loratune.data.formats import (
     Conversation,
     Example,
     Fields,
+    Plain,
     Preference,
     RowError,
     parsers,
@@ -227,6 +228,7 @@ class Parser:
         unread_label: A field of the first row that may be a desirability label, and is not read.
         fields: The fields of the first row, under the names of the data.
         unused_fields: Fields seen so far that neither the format nor `group_by` reads.
+        unseen_labels: Answers in `data.labels` that no row has had so far.
     """
 
     def __init__(self, first: Row, section: DataSection):
@@ -247,7 +249,9 @@ class Parser:
         self.format_name = self._format.name
         self._may_be_preference = self._is_recognised and self.format_name not in PREFERENCE_FORMATS
         self.unread_label = unread_label(fields) if self._may_be_preference else ""
-        self.identity = (self.format_name, *self._format.keys)
+        self._labels, self.unseen_labels = section.labels, {*section.labels}
+        labels = [f"{name} → {label}" for name, label in sorted(self._labels.items())]
+        self.identity = (self.format_name, *self._format.keys, *labels)
         self._known = {*self._format.keys, *self._format.optional, *({WEIGHT} & self._columns.keys())}
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
@@ -283,12 +287,27 @@ class Parser:
         example = self._format.parse(row.where, fields)
         if self._drops_reasoning:
             example = reasoning.dropped(example)
+        if self._labels:
+            example = self._labelled(example)
         if self._counts_all and isinstance(example, Conversation) and example.zero_weight:
             what = f"a turn has the weight 0, but with {self._counts_all} every token counts"
             raise RowError(what, f"leave out {self._counts_all.partition(':')[0]}")
         if WEIGHT in self._columns:
             return self._weighted(example, fields)
         return example
+
+    def _labelled(self, example: Example) -> Example:
+        """The example with the answer that `data.labels` gives it; white space around the answer stays."""
+        if isinstance(example, Plain):
+            return replace(example, completion=self._label(example.completion))
+        if isinstance(example, Conversation) and (last := example.messages[-1])["role"] == "assistant":
+            return replace(example, messages=(*example.messages[:-1], last | {"content": self._label(last["content"])}))
+        return example
+
+    def _label(self, answer: str) -> str:
+        name = answer.strip()
+        self.unseen_labels.discard(name)
+        return answer.replace(name, self._labels[name]) if name in self._labels else answer
 
     def _weighted(self, example: Example, fields: Mapping[str, Any]) -> Example:
         """The example with the weight of its row. Raises RowError: it has none, or none that can be used."""
@@ -320,6 +339,9 @@ def _contradictions(format: Format, section: DataSection, where: str) -> Iterato
     if unused := sorted(set(section.columns) - {*fields, WEIGHT}):
         what = f"`{unused[0]}` is not read from rows of the format {format.name}, which has {', '.join(fields)}"
         yield Problem(Code.DATA_FORMAT, what, where, "data.columns", f"remove `{unused[0]}`")
+    if section.labels and (format.name in UNLABELLED or format.name in PREFERENCE_FORMATS):
+        what = f"the rows are {format.name}, which have no answers that are labels"
+        yield Problem(Code.DATA_FORMAT, what, where, "data.labels", "remove the setting")
     if format.name in CHAT_FORMATS:
         return
     settings = {"chat_template": section.chat_template, FIELD: section.chat_template_kwargs}
