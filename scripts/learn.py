@@ -45,6 +45,8 @@ from loratune.training.results import TrainedAdapter
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
 MODELS = {"135M": "models/SmolLM2-135M-Instruct", "57M": "", "narrow": ""}
 """Where a model lies; those without a place are made in the work directory, see `learning/models.py`."""
+ANSWERED = {"quickstart": 8, "spelling": 16}
+"""Tasks whose rows have one right answer, and the most tokens that are generated for it."""
 TEXT_BLOCKS, TEXT_CHARACTERS = 40, 400
 """How much unrelated text forgetting is measured on."""
 TRAINING: dict[str, Any] = {
@@ -125,10 +127,18 @@ def _steps(one: Spec) -> int:
     return int(settings.get("max_steps", whole))
 
 
-def score(adapter: Path, held_out: Path, text: Path, *, base: bool, dtype: str = "float32") -> dict[str, Any]:
+def score(
+    adapter: Path, held_out: Path, text: Path, *, base: bool, dtype: str = "float32", limit: int = 0
+) -> dict[str, Any]:
     """Nats and tokens of each held-out row and of each block of unrelated text, and of the base's own answers.
 
-    base: without the adapter.
+    Args:
+        adapter: The adapter.
+        held_out: The file of the held-out rows.
+        text: The file of the unrelated text.
+        base: Without the adapter.
+        dtype: The dtype of the base.
+        limit: The most tokens of an answer that is generated for each row; 0 for none.
     """
     info = AdapterDirectory.open(adapter)
     loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": dtype})))
@@ -143,12 +153,28 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool, dtype: str =
         with loaded.without_adapter() if base else nullcontext():
             nats = engine_of(loaded).losses(dataset, dict.fromkeys(range(len(dataset.rows)), 1)).nats
         tokens = dataset.rows.supervised.tolist()
+        if limit and name == "rows":
+            found["right"] = _right(loaded, dataset, limit)
         found |= {
             f"{name}_nats": packed(nats.tolist()),
             f"{name}_tokens": packed(tokens),
             f"{name}_loss": float(nats.sum() / sum(tokens)),
         }
     return found
+
+
+def _right(loaded: LoadedAdapter, dataset: data.TokenizedDataset, limit: int) -> str:
+    """For each row 1 if the most probable answer is the expected one to its end, else 0."""
+    rows = [dataset.rows.row(number) for number in range(len(dataset.rows))]
+    found = list[float]()
+    for start in range(0, len(rows), 50):
+        asked = rows[start : start + 50]
+        answers = loaded.complete([row.prompt for row in asked], limit)
+        found += [
+            float([*answer[: len(row.completion)]] == [*row.completion])
+            for row, answer in zip(asked, answers, strict=True)
+        ]
+    return packed(found)
 
 
 def _behavior(loaded: LoadedAdapter) -> dict[str, Any]:
@@ -218,14 +244,16 @@ def _taken(path: Path) -> Iterator[bool]:
 
 def _measure(one: Spec, work: Path, text: Path) -> None:
     """Train a run, score it, and write the result down."""
-    paths, start = tasks.write(one["task"], work, one["rows"]), time.monotonic()
+    held_out = one.get("held_out", tasks.HELD_OUT)
+    paths, start = tasks.write(one["task"], work, one["rows"], held_out), time.monotonic()
     adapter, result, averaged = train(one, paths, work)
     middle = time.monotonic()
-    base_name = f"base {one['model']} {one['task']}"
+    base_name = f"base {one['model']} {one['task']}{f' {held_out}' if 'held_out' in one else ''}"
     if base_name not in {entry["name"] for entry in recorded()}:
         _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
     dtype = "bfloat16" if "retention.kl_weight" in one["settings"] else "float32"
-    scores = score(adapter, paths["held_out"], text, base=False, dtype=dtype)
+    limit = ANSWERED.get(one["task"], 0) if "held_out" in one else 0
+    scores = score(adapter, paths["held_out"], text, base=False, dtype=dtype, limit=limit)
     figures: dict[str, Any] = {
         "steps": result.steps,
         "tokens": result.tokens,

@@ -192,6 +192,21 @@ def _weight() -> Iterator[Spec]:
         )  # fmt: skip
 
 
+def few_rate(passes: float) -> float:
+    """The rate of `training.auto` on 2026-12-02, over more passes than two."""
+    return float(f"{FORMULA * min(1.0, max((2 / passes) ** 2, 1 / passes)):.2g}")
+
+
+def _few() -> Iterator[Spec]:
+    """How often few rows should be read, at the rate that `auto` takes for it, with retention."""
+    tasks = ("quickstart", "spelling", "dialogue", "docstrings", "mail")
+    for rows, seed, passes, task in itertools.product((100, 50, 400), (1, 2), (2.0, 4.0, 8.0, 1.0), tasks):
+        yield spec(
+            task, rows=rows, seed=seed, training__num_train_epochs=passes, training__learning_rate=few_rate(passes),
+            retention__kl_weight=1.0,
+        ) | {"held_out": 500}  # fmt: skip
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "rate": _rate,
     "lower": _lower,
@@ -210,4 +225,5 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "front": _front,
     "prompt": _prompt,
     "weight": _weight,
+    "few": _few,
 }

@@ -340,6 +340,40 @@ def front(results: Sequence[Result]) -> str:
     return markdown(header, rows)
 
 
+def few(results: Sequence[Result]) -> str:
+    """Few rows by passes: the mean loss over seeds, the worst seed's share of right answers where there is one, and the
+    rise of the loss on unrelated text. The last line is the mean regret of a number of passes against the best of
+    each row of the table."""
+    bases = {one["name"]: one for one in results if "settings" not in one}
+    groups: dict[tuple[str, int, str], dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for one in (one for one in runs(results) if "held_out" in one):
+        modules = "all-linear" if one["settings"].get("lora.target_modules") == "all-linear" else "q, k, v, o"
+        groups[one["task"], one["rows"], modules][one["settings"]["training.num_train_epochs"]].append(one)
+    columns = sorted({passes for found in groups.values() for passes in found})
+    lines, regrets = [], defaultdict[float, list[float]](list)
+    for (task, rows, modules), found in sorted(groups.items()):
+        means = {passes: float(np.mean([one["rows_loss"] for one in own])) for passes, own in found.items()}
+        least, cells = min(means.values()), list[str]()
+        for passes in columns:
+            if passes not in found:
+                cells.append(MISSING)
+                continue
+            own = found[passes]
+            if len(found) == len(columns):
+                regrets[passes].append(means[passes] / least - 1)
+            base = bases[f"base 135M {task} {own[0]['held_out']}"]["text_loss"]
+            right = [float(unpacked(one["right"]).mean()) for one in own if "right" in one]
+            loss = f"**{means[passes]:.3f}**" if means[passes] == least else f"{means[passes]:.3f}"
+            cells.append(
+                f"{loss}{f', {min(right):.0%}' if right else ''}, "
+                f"{np.mean([one['text_loss'] for one in own]) - base:+.2f} ({len(own)})"
+            )
+        lines.append([task, str(rows), modules, *cells])
+    mean = [f"{np.mean(regrets[passes]):.1%}" if regrets[passes] else MISSING for passes in columns]
+    lines.append(["mean regret", "", "", *mean])
+    return markdown(["task", "rows", "targets", *(f"{passes:g} passes" for passes in columns)], lines)
+
+
 def document(results: Sequence[Result]) -> str:
     """Markdown tables of all experiments that have results."""
     parts = {
@@ -354,6 +388,7 @@ def document(results: Sequence[Result]) -> str:
         ),
         "Weights averaged over the last steps": averages(results),
         "Epochs and rows": lengths(results),
+        "Few rows": few(results),
         "Passes with all linear layers": compared(
             [one for one in runs(results) if one["settings"].get("lora.target_modules") == "all-linear"],
             ["lora.target_modules", "lora.r", "training.num_train_epochs"],

