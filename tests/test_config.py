@@ -657,6 +657,7 @@ def test_set_without_a_value_removes_the_key(run_config: Callable[..., Path]) ->
     [
         ({"lora": {"target_modules": "(unclosed"}}, Code.CONFIG_BAD_VALUE, "lora.target_modules", "`(unclosed`"),
         ({"data": {"columns": {"promt": "question"}}}, Code.CONFIG_BAD_VALUE, "data.columns", "`promt`"),
+        ({"data": {"labels": {" ": "b"}}}, Code.CONFIG_BAD_VALUE, "data.labels. ", ""),
         ({"data": {"labels": {"a": "b", "b": "c"}}}, Code.CONFIG_BAD_VALUE, "data.labels", "`b` is replaced as well"),
     ],
 )

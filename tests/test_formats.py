@@ -689,13 +689,16 @@ def test_labels_replace_whole_answers() -> None:
         found = chat({"messages": [USER, BOT, USER, BOT | {"content": answer}]}, labels=labels).messages
         assert [message["content"] for message in found] == ["a", "b", "a", expected]
         assert chat({"instruction": "a", "output": answer}, labels=labels).messages[-1]["content"] == expected
-    assert chat({"messages": [BOT, USER]}, labels=labels).messages == (BOT, USER)
+    assert chat({"messages": [BOT, USER]}, labels=labels).messages == (BOT | {"content": "B"}, USER)
+    assert chat({"messages": [USER, CALLS]}, labels=labels).messages == (USER, CALLS)
 
 
 def test_labels_without_effect_are_named() -> None:
     read = parser(PAIR, labels={"b": "B", "x": "y"})
     read(Row("f:1", PAIR))
     assert read.unseen_labels == {"x"}
+    assert parser(PAIR, labels={"a": "b, c"}).identity != parser(PAIR, labels={"a, b": "c"}).identity
+    assert parser(PAIR, labels={"a": "b → c"}).identity != parser(PAIR, labels={"a → b": "c"}).identity
     assert read.identity != parser(PAIR).identity != parser(PAIR, labels={"b": "c"}).identity
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for row in ({"text": "a"}, {"input_ids": [1, 2]}, pair, pair | {"chosen": [BOT], "rejected": [OTHER]}):

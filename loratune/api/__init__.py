@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from typing import Any, Literal, TypeAlias
 
@@ -117,16 +117,18 @@ def computing() -> Iterator[None]:
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Train inside, see `turns.training`. Whoever waits has a turn between two steps, as has the listener of events."""
+    """Train inside, see `turns.training`. Whoever waits has a turn between two steps, as has the listener of events.
+    What the listener draws or sets does not reach the run."""
     outer = listener()
 
     def pass_on(event: Event) -> None:
-        if not isinstance(event, StepEvent | EvaluationEvent):
+        if "loratune.system.accelerator" not in sys.modules:  # the libraries are not loaded yet
             outer(event)
             return
         from loratune.system import accelerator
 
-        with accelerator.kept_random_states(), accelerator.kept_modes(), turns.passed_on():
+        others = turns.passed_on() if isinstance(event, StepEvent | EvaluationEvent) else nullcontext()
+        with accelerator.kept_random_states(), accelerator.kept_modes(), others:
             outer(event)
 
     with turns.training(), listening(pass_on):

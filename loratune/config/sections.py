@@ -122,6 +122,7 @@ WEIGHT, MOST_WEIGHT = COLUMNS[-1], 1_000_000
 """The field with the factor of a row in the loss, and the largest factor."""
 
 
+Label = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 UNLABELLED = ("text", "input_ids", "preference", "unpaired_preference")
 """Formats whose rows have no answer that `data.labels` could replace."""
 
@@ -153,9 +154,10 @@ class DataSection(Section):
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
         description="field → its name in the data, e.g. {prompt: question}; then a field `prompt` is ignored",
     )
-    labels: dict[str, Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]] = Field(
+    labels: dict[Label, Label] = Field(
         {},
-        description="answer, without the white space around it → what is learned instead, e.g. {biling: billing}",
+        description="last answer of a row, without the white space around it → what is learned instead, e.g. "
+        "{biling: billing}",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     chat_template_kwargs: TemplateArguments = Field(

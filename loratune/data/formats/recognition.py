@@ -4,6 +4,7 @@ A new format is one entry in `FORMATS`: its name, the fields that identify it, t
 row into an Example, and the further fields that it reads.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -250,8 +251,7 @@ class Parser:
         self._may_be_preference = self._is_recognised and self.format_name not in PREFERENCE_FORMATS
         self.unread_label = unread_label(fields) if self._may_be_preference else ""
         self._labels, self.unseen_labels = section.labels, {*section.labels}
-        labels = [f"{name} → {label}" for name, label in sorted(self._labels.items())]
-        self.identity = (self.format_name, *self._format.keys, *labels)
+        self.identity = (self.format_name, *self._format.keys, *map(json.dumps, sorted(self._labels.items())))
         self._known = {*self._format.keys, *self._format.optional, *({WEIGHT} & self._columns.keys())}
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
@@ -300,9 +300,14 @@ class Parser:
         """The example with the answer that `data.labels` gives it; white space around the answer stays."""
         if isinstance(example, Plain):
             return replace(example, completion=self._label(example.completion))
-        if isinstance(example, Conversation) and (last := example.messages[-1])["role"] == "assistant":
-            return replace(example, messages=(*example.messages[:-1], last | {"content": self._label(last["content"])}))
-        return example
+        if not isinstance(example, Conversation):
+            return example
+        messages = [*example.messages]
+        for number in reversed(range(len(messages))):
+            if (last := messages[number])["role"] == "assistant":
+                messages[number] = last | {"content": self._label(last["content"])}
+                break
+        return replace(example, messages=tuple(messages))
 
     def _label(self, answer: str) -> str:
         name = answer.strip()
