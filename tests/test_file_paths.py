@@ -30,6 +30,7 @@ TEXTS: dict[str, Callable[[str], Any]] = {
     "data.test.split": str,
     "data.group_by": str,
     "data.columns": lambda text: {"prompt": text},
+    "data.labels": lambda text: {text: "label"},
 }
 """The other keys that take free text, each with a value that contains it."""
 
