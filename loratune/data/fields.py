@@ -25,6 +25,8 @@ from loratune.text import listed
 _MOST, _LONGEST, _LEAST_ROWS = 1_000, 80, 3
 """Limits of a field of classes: the most values, the most characters of a value, and the fewest rows per value for up
 to 100 values; beyond 100, `UNITS_PER_LABEL` rows per value are needed."""
+LABEL_TOKENS = 16
+"""The largest median of supervised tokens for completions to count as labels."""
 _SHOWN = 20
 """The most classes that a line lists."""
 _LEAST_LETTERS = 5

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from loratune import data
 from loratune.config import DataSection
 from loratune.data import DatasetSplit, RawDatasets, fields
-from loratune.data.fields import Classes, ColumnChoice
+from loratune.data.fields import LABEL_TOKENS, Classes, ColumnChoice
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.holding_out import random_mask
 from loratune.data.packing import BatchLayout
@@ -17,8 +17,6 @@ from loratune.data.rendering import Renderer
 
 MOST_ROWS = 20_000
 """The most rows that are tokenized; of more rows, a random sample of this size."""
-LABEL_TOKENS = 16
-"""The largest median of supervised tokens for completions to count as labels."""
 OBJECTIVES = {None: "sft", PAIRS: "dpo", UNPAIRED: "kto"}
 """Kind of rows → the objective chosen for them."""
 _BATCH = 8

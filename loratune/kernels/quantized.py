@@ -127,21 +127,29 @@ def _fill_from_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> 
     fused_ops(y).dequantize_4bit(*blocks, scales, code)
 
 
-def scales(layer: nn.Module, weight: Tensor) -> tuple[str, Tensor, bool]:
-    """What a quantized weight is computed with beside its numbers, on any device.
+def format_of(weight: Tensor) -> str:
+    """The format of a weight in 8 or 4 bit, with its shape: `nf4 64 (576, 1536)`."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        return f"{state.quant_type} {state.blocksize} {tuple(state.shape)}"
+    return f"int8 {tuple(weight.shape)}"
+
+
+def scales(layer: nn.Module, weight: Tensor) -> tuple[Tensor, bool]:
+    """The scales of a quantized weight, on any device.
 
     Args:
         layer: The layer of bitsandbytes that has the weight.
         weight: The weight, in 8 or 4 bit.
 
     Returns:
-        The format of the weight as text; its scales, one for each row or block, float32; and whether they are the
-        largest magnitudes, which are the same on every device, and not packed themselves.
+        The scales, one for each row or block, float32; and whether they are the largest magnitudes, which are the same
+        on every device, and not packed themselves.
     """
     state: Any = getattr(weight, "quant_state", None)
     if state is not None:
-        return f"{state.quant_type} {state.blocksize} {tuple(state.shape)}", _scales_of_4bit(state), not state.nested
-    return f"int8 {tuple(weight.shape)}", _scales_of_8bit(layer, weight).float(), True
+        return _scales_of_4bit(state), not state.nested
+    return _scales_of_8bit(layer, weight).float(), True
 
 
 def kept_scales(layer: nn.Module, weight: Tensor) -> list[Tensor]:

@@ -204,7 +204,7 @@ def _bytes(module: torch.nn.Module, weight: torch.Tensor) -> bytes:
     quantized = import_module("loratune.kernels.quantized")
     tensors = (weight, *quantized.kept_scales(module, weight))
     parts = (block_sums(tensor, rounded=False) for tensor in tensors)
-    return f"{quantized.scales(module, weight)[0]} ".encode() + b"".join(parts)
+    return f"{quantized.format_of(weight)} ".encode() + b"".join(parts)
 
 
 def _scales(module: torch.nn.Module, weight: torch.Tensor) -> bytes:
@@ -213,11 +213,12 @@ def _scales(module: torch.nn.Module, weight: torch.Tensor) -> bytes:
     Where the scales are packed as well, only their mean and that of their squares count, to 4 %: the last bit of the
     offset that all of them share depends on the device, and moves some of them to another number.
     """
-    described, scales, is_exact = import_module("loratune.kernels.quantized").scales(module, weight)
+    quantized = import_module("loratune.kernels.quantized")
+    scales, is_exact = quantized.scales(module, weight)
     if not is_exact:
         means = (values.mean(dtype=torch.float64) for values in (scales, scales.square()))
         scales = (16 * torch.stack([*means]).log2()).round()
-    return f"{described} ".encode() + block_sums(scales)
+    return f"{quantized.format_of(weight)} ".encode() + block_sums(scales)
 
 
 class BaseState:

@@ -17,8 +17,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.data import TokenizedDataset
-from loratune.data.fields import Classes
-from loratune.data.measured_rows import LABEL_TOKENS
+from loratune.data.fields import LABEL_TOKENS, Classes
 from loratune.data.rendering import Renderer
 from loratune.data.rendering.spans import DESIRABLE
 from loratune.data.report import remarks_on_weights
