@@ -106,6 +106,7 @@ class Code(StrEnum):
     TRAINING_NOT_FINITE = "training.not_finite", "A loss, a gradient or a weight is NaN or inf."
     TRAINING_COLLAPSED = "training.collapsed", "The adapter predicts the same after every prompt, or at random."
     TRAINING_WORSE_THAN_BASE = "training.worse_than_base", "The adapter does worse than its base."
+    TRAINING_LEARNED_NOTHING = "training.learned_nothing", "The adapter does no better than its base."
     TRAINING_TRACKER_FAILED = "training.tracker_failed", "A tracker failed; the run continues without it."
 
     # Several processes

@@ -47,6 +47,13 @@ class Interval:
         return [self.low, self.high]
 
 
+def widened(interval: Interval, value: float, looks: int) -> Interval:
+    """An interval around a value that was chosen as the best of several, by Bonferroni's correction: its reach grows as
+    the normal quantile does. looks: of how many."""
+    factor = float(ndtri(1 - (1 - _UPPER) / looks)) / _Z
+    return Interval(value - factor * (value - interval.low), value + factor * (interval.high - value))
+
+
 def finite(value: Any) -> Any:
     """A value for JSON, also inside dicts: None for inf and NaN, which JSON cannot represent, and `[low, high]` for an
     interval."""

@@ -69,7 +69,8 @@ class CardLines:
 
     Attributes:
         use: The section on using the adapter, see `clients.sections`.
-        gain: A line comparing the adapter with its base.
+        verdict: The verdict on the adapter as a sentence.
+        gain: A line comparing its loss with that of its base.
         forgetting: A line on the rows of the previous run, if the adapter started from another adapter.
         unrelated: A line on text unrelated to the training rows.
         behavior: A line on the base's answers to everyday instructions.
@@ -82,6 +83,7 @@ class CardLines:
     """
 
     use: str
+    verdict: str
     gain: str
     forgetting: str
     unrelated: str
@@ -125,7 +127,8 @@ A LoRA adapter for {base_name}, trained with loratune {__version__}.
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(lines.formats)})
 {objective_line}- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-{held_out_lines}- **Gain:** {lines.gain}
+{held_out_lines}- **Verdict:** {lines.verdict}
+- **Gain:** {lines.gain}
 - **Unrelated text:** {lines.unrelated}
 - **Base's answers:** {lines.behavior}
 {history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
@@ -164,6 +167,11 @@ def example_prompt(rows: DatasetSplit) -> str:
     if not prompt:
         return "--input rows.jsonl"
     return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--` ends the options
+
+
+def prompt_text(example: Example) -> str:
+    """The prompt of a row as text: a raw prompt or a single user turn; empty for others."""
+    return _typed(_recorded_prompt(example))
 
 
 def _typed(prompt: Mapping[str, Any]) -> str:

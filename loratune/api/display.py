@@ -1,6 +1,7 @@
 """Formats results as lines for the command line. Each line is escaped by `one_line`."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from loratune.commands.sweep import SweepResult
     from loratune.compare.comparison import Comparison, Score
     from loratune.compare.tasks import TaskResults
+    from loratune.compare.verdict import Answers
     from loratune.export.hub import Upload
     from loratune.lora.stats import AdapterStats, Update
     from loratune.memory import Estimate
     from loratune.outputs import DryRun, Init
     from loratune.training.plan import Plan
+    from loratune.training.results import SampleAnswer, TrainedAdapter
 
 
 def plan(plan: "Plan") -> tuple[list[str], list[str]]:
@@ -59,21 +62,56 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     """The lines on a published adapter. program: the command that starts loratune."""
     from loratune.adapter.card import example_prompt
 
-    found, directory, losses = result.trained, result.run.directory, result.trained.losses()
-    lines = [
-        ("adapter", str(directory.output)),
-        ("size", format_size(found.adapter_bytes)),
-        ("trained", f"{found.tokens:,} tokens in {found.steps:,} steps, {format_duration(found.seconds)}"),
-        ("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"),
-        *found.held_out,
-        ("gain", str(found.gain)),
-        *found.side_effects,
-    ]
-    if found.forgetting is not None:
-        lines.append(("stands alone", "it holds the adapter that it started from"))
+    found, directory = result.trained, result.run.directory
+    adapter = shell_word(directory.display_name)
+    lines = [("sure?", found.doubt)] if found.doubt else []
+    lines += [("try", " · ".join(found.advice))] if found.advice else []
+    lines += [("kept", _kept(found, f"{program} evaluate --adapter {adapter} --data ROWS --forgetting builtin"))]
+    lines += [("sample", _sample(one, texts=found.answers is None)) for one in found.samples]
+    lines += [line for line in found.held_out if line[0] not in ("held-out", "stopped early")]
+    alone = "; it holds the adapter that it started from" if found.forgetting is not None else ""
+    duration = format_duration(found.seconds)
+    lines += [("saved", f"{directory.output}, {format_size(found.adapter_bytes)}, {duration}{alone}")]
     prompt = example_prompt(result.run.rows.train) if result.run.rows else ""
-    lines.append(("try it", f"{program} generate --adapter {shell_word(directory.display_name)} {prompt}"))
-    return block("done", lines)
+    lines += [("try it", f"{program} generate --adapter {adapter} {prompt}")]
+    lines += [("test it", f"{program} evaluate --adapter {adapter} --data FILE, with rows that it has not seen")]
+    return block(f"{mark(found.verdict, found.answers)} {one_line(found.headline)}", lines)
+
+
+def mark(verdict: str | None, answers: "Answers | None") -> str:
+    """A mark that says at once whether it worked: yes, no, or not known."""
+    from loratune.compare.verdict import GOOD, lost_to_majority
+
+    if verdict in (None, "cannot tell", "indistinguishable"):
+        return "?"
+    is_good = verdict in (*GOOD, "better") and not lost_to_majority(answers)
+    try:
+        "✓✗".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "yes:" if is_good else "no:"
+    return "✓" if is_good else "✗"
+
+
+def _kept(found: "TrainedAdapter", command: str) -> str:
+    """What the base could do otherwise, in words. command: what measures it, if the run has not."""
+    from loratune.compare import verdict
+
+    if (measured := found.unrelated.comparison) is None:
+        return f"not measured: {found.unrelated.unknown}; {command}"
+    worse = -measured.better_by
+    how = verdict.change(worse, significant=measured.high is not None and measured.high < 0)
+    return f"what the base could do otherwise: {how} ({worse:+.2f}; a warning from {verdict.SLIGHTLY:.2f})"
+
+
+def _sample(one: "SampleAnswer", *, texts: bool) -> str:
+    """A held-out prompt and the adapter's answer; with those of the base and the expected one, if they are texts."""
+    from loratune.compare.text import shorten
+
+    prompt, adapter, expected = (f'"{shorten(text, 60)}"' for text in (one.prompt, one.adapter, one.expected))
+    if not texts:
+        return f"{prompt} → {adapter}" + ("" if one.adapter == one.expected else f", expected {expected}")
+    base = f'"{shorten(one.base, 60)}"'
+    return f"{prompt}: base {base} → adapter {adapter}; expected {expected}"
 
 
 def params(params: "Params") -> Iterator[str]:
@@ -220,6 +258,7 @@ def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
     """
     from loratune.compare import text
 
+    yield one_line(f"{mark(found.verdict, found.answers)} {text.verdict(found)}")
     if measured := text.measured(found):
         yield measured
     yield f"{text.rows(found)}, 95 % intervals in brackets"
@@ -231,14 +270,13 @@ def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
         yield from block(f"{row.where}{copies}", text.row_lines(row, found.compared_with))
     if worst and not rows:
         yield f"no {found.item} got worse"
-    lines = [("verdict", text.verdict(found))]
-    if majority := text.majority(found):
-        lines.append(("majority", majority))
+    lines = []
     if found.forgetting is not None:
         lines.append(("forgetting", text.forgetting(found.forgetting, found.forgetting_by_kind)))
     if found.behavior is not None:
         lines.append(("base's answers", str(found.behavior)))
-    yield from block("result", [*lines, *text.required(found.requirements)])
+    if lines := [*lines, *text.required(found.requirements)]:
+        yield from block("result", lines)
     if found.tasks is not None:
         yield from tasks(found.tasks)
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from loratune import config, data, kernels, memory
 from loratune.adapter import card
 from loratune.codes import Code
-from loratune.compare import preferences
+from loratune.compare import preferences, verdict
 from loratune.data import splits
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.events import emit, note
@@ -106,8 +106,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
     stop.check()  # A signal can arrive after the trainer's last check.
     trained = replace(trained, scale=scale.apply(plan, trained.held_out_loss))
     trained = results.compare_with_base(plan, trained)
-    assert trained.gain is not None
-    if trained.gain.verdict == "worse" and not allow_worse:
+    if trained.verdict in verdict.REFUSED and not allow_worse:
         _reject(plan, trained)
     trained = results.measure(plan, trained)
     if group.main:
@@ -160,14 +159,21 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
 
 
 def _reject(plan: Plan, trained: TrainedAdapter) -> NoReturn:
-    """End a run whose adapter is worse than its base, and record the rejection next to its checkpoints."""
+    """End a run whose adapter is worse than its base or learned nothing, and record that next to its checkpoints."""
+    assert trained.gain is not None and trained.verdict is not None
+    is_worse, what = trained.verdict == "worse", trained.headline
     if plan.group.main:
-        record = versioned({"step": trained.steps, "told": str(trained.gain)})
+        record = versioned({"step": trained.steps, "verdict": trained.verdict, "told": what})
         with suppress(OSError):  # the record only makes later messages more exact
             write_json(plan.run.directory.rejection, record)
     plan.group.all_gather(None)  # a barrier: the other processes end only after the record is written
-    fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH_WORSE}"
-    raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, f"the adapter is {trained.gain}", fix=fix))
+    code = Code.TRAINING_WORSE_THAN_BASE if is_worse else Code.TRAINING_LEARNED_NOTHING
+    change = "lower training.learning_rate" if is_worse else "raise training.learning_rate or training.num_train_epochs"
+    fix = f"{change} and start with --overwrite, or {PUBLISH_WORSE}"
+    told = f"the adapter {'is ' if is_worse else ''}{what}{'' if is_worse else f' (gain: {trained.gain})'}"
+    if not is_worse and not plan.adapter_init.has_changed(trained.weights):
+        code, told = Code.LORA_UNCHANGED, "training changed nothing: every lora_B still has its initial values"
+    raise NumericError(Problem(code, told, fix=fix))
 
 
 def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
@@ -177,8 +183,8 @@ def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     try:
         with explain_full_disk("the adapter directory", size, directory.partial, "make room, then --resume"):
             directory.create_staging()
-            scaled, init = trained.scale.value != 1, plan.adapter_init
-            size = attach.save(plan.model, directory.staging, init, trained.weights, is_scaled=scaled)
+            unchanged, init = trained.scale.value != 1 or trained.verdict == "learned nothing", plan.adapter_init
+            size = attach.save(plan.model, directory.staging, init, trained.weights, unchanged=unchanged)
             _write_descriptions(plan, trained)
             for path in directory.publish():
                 note(f"{path} is kept: this run did not write it")
@@ -199,6 +205,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     use = partial(clients.sections, loader=loader, quantized=quantized, in_vllm=plan.servers["vllm"])
     lines = card.CardLines(
         use=use(plan.config, name, prompt, are_layers_known=known),
+        verdict=trained.headline,
         gain=str(trained.gain),
         forgetting=str(trained.forgetting or ""),
         unrelated=str(trained.unrelated),

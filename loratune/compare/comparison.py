@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy as np
 from loratune import outputs, statistics
 from loratune.codes import Code
 from loratune.compare import metrics, requirements
+from loratune.compare import verdict as verdicts
 from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.behavior import Behavior
 from loratune.compare.collapse import PromptSensitivity
+from loratune.compare.gain import Gain
 from loratune.compare.metrics import (
     Difference,
     RowLosses,
@@ -28,6 +31,7 @@ from loratune.compare.metrics import (
 from loratune.compare.objectives import Formula
 from loratune.compare.requirements import Judgement, Requirement
 from loratune.compare.tasks import TaskResults
+from loratune.compare.verdict import SHORT, Answers
 from loratune.config.arguments import checked
 from loratune.errors import NumericError, Problem
 from loratune.statistics import Interval, finite
@@ -124,10 +128,43 @@ class Comparison:
         """Metric → difference between the adapter and `compared_with`."""
         return self.paired[self.compared_with]
 
+    @cached_property
+    def gain(self) -> Gain:
+        """The losses of adapter and base on the rows."""
+        base, adapter = (losses_of(self.rows, model) for model in (metrics.BASE, metrics.ADAPTER))
+        return Gain.of(base, adapter, "held-out", unit=self.unit)
+
     @property
-    def verdict(self) -> Verdict | None:
-        """The verdict on the adapter; None if there are too few rows."""
-        return self.differences[self.metric].verdict if self.metric in self.differences else None
+    def judged_by(self) -> str:
+        """The metric that decides: the requested one, or exact matches if all answers are short, or the loss."""
+        if self.metric != metrics.LOSS or not all(row.expected is not None for row in self.rows):
+            return self.metric
+        return metrics.EXACT_MATCH if max(row.tokens for row in self.rows) <= SHORT + 1 else metrics.LOSS
+
+    @property
+    def answers(self) -> Answers | None:
+        """How many answers are right, if they decide."""
+        if (metric := self.judged_by) == metrics.LOSS or metric not in self.paired[metrics.BASE]:
+            return None
+        adapter, base = (self.scores[model] for model in (metrics.ADAPTER, metrics.BASE))
+        shares = [one.metrics[metric] for one in (adapter, base)]
+        assert shares[0] is not None and shares[1] is not None
+        found = Answers(
+            adapter.rows, shares[0], adapter.intervals.get(metric), shares[1], self.paired[metrics.BASE][metric],
+            metric=metric,
+        )  # fmt: skip
+        if (over := self.paired.get(metrics.MAJORITY, {}).get(metric)) is None:
+            return found
+        constant = self.scores[metrics.MAJORITY].metrics[metric]
+        return replace(found, majority=self.majority, of_majority=constant, over_majority=over)
+
+    @property
+    def verdict(self) -> verdicts.Name | Verdict | None:
+        """The verdict on the adapter by the table of `verdict`; beside another adapter whether it is better than that
+        one by `metric`, None if there are too few rows."""
+        if self.compared_with != metrics.BASE:
+            return self.differences[self.metric].verdict if self.metric in self.differences else None
+        return verdicts.decide(self.gain, self.answers, collapsed=bool(self.collapsed))
 
     @property
     def item(self) -> str:
@@ -199,8 +236,7 @@ class Comparison:
             values["forgetting"] = self.forgetting.as_json() | ({"kinds": kinds} if kinds else {})
         if self.behavior is not None:
             values["behavior"] = self.behavior.as_json()
-        verdict = "collapsed" if self.collapsed else self.verdict
-        values |= {"metric": self.metric, "verdict": verdict, "overlap": self.overlap}
+        values |= {"metric": self.judged_by, "verdict": self.verdict, "overlap": self.overlap}
         values |= {"computed_by": dict(self.computed_by), "notes": [*self.remarks]}
         values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}

@@ -7,9 +7,9 @@ other. Copies of a row add no information: they are computed once, weighted by t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,11 +29,11 @@ _MOST_ROWS, _MOST_DRAWN = 64, 4096
 """The most distinct rows that are compared, and the most rows that are drawn to find them."""
 _WANTED_ROWS = 8
 """Distinct rows that are compared even beyond `_SHARE`, as long as they have fewer tokens than training has read."""
-_SHARE = 32
+_SHARE = 10
 """The sample has at most 1/`_SHARE` of the tokens trained on, within the bounds below. Scoring with base and adapter
-costs as much as training on the same tokens, so the comparison takes some 3 % of the time of a long run."""
-_LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
-"""Bounds of the sample's tokens. Below the lower one the comparison takes little time anyway."""
+costs two thirds of training on the same tokens, so the comparison takes at most some 7 % of the time of a long run."""
+LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
+"""Bounds of the sample's tokens. Below the lower one the comparison with a small model takes little time anyway."""
 _VISIBLE = 5e-4
 """Nats below which a difference counts as zero, as the decimals of the report do not show it."""
 _WORTH_TELLING = 0.1
@@ -62,6 +62,7 @@ class Gain:
         unit: The unit over which losses are averaged: `token`, `pair` or `answer`.
         other: The model that the adapter is compared with: its `base`; or its `start`, the adapter from which training
             continued, if that is the reference of the objective. The field `base` is then the loss of `start`.
+        rows_needed: The estimated number of rows for a significant difference, if it is not.
     """
 
     split: str
@@ -78,6 +79,7 @@ class Gain:
     adapter_high: float | None = None
     unit: str = "token"
     other: Model = "base"
+    rows_needed: int | None = None
 
     @classmethod
     def of(
@@ -91,7 +93,7 @@ class Gain:
         return cls(
             split, len(adapter), drawn, total or drawn, base.loss, adapter.loss, -difference.value,
             None if high is None else -high, None if low is None else -low, validation_rows, own_low, own_high, unit,
-            other,
+            other, difference.rows_needed,
         )  # fmt: skip
 
     @property
@@ -146,8 +148,8 @@ class Gain:
         return f"{self.rows:,}{distinct} of {plural(self.total, what)}"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with the verdict. Numbers that are not finite are null."""
-        return {**finite(asdict(self)), "verdict": self.verdict}
+        """Plain values. Numbers that are not finite are null."""
+        return dict(finite(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -262,33 +264,60 @@ def _nats(value: float) -> str:
     return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The rows on which an adapter is compared with another model.
+
+    Attributes:
+        split: The name of their split.
+        dataset: The rows of that split.
+        copies: Number of a distinct row → how often it counts, see `TokenizedDataset.weighted`.
+        total: How many rows, with copies, could have been drawn.
+        validation_rows: The number of distinct validation rows, if these are too few.
+    """
+
+    split: str
+    dataset: TokenizedDataset
+    copies: Mapping[int, float]
+    total: int
+    validation_rows: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number of distinct rows."""
+        return self.dataset.count_rows(self.copies)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the rows, supervised or not."""
+        return sum(len(row.ids) for number in self.copies for row in self.dataset.item(number))
+
+
 def measure(
     engine: Engine,
     objective: Objective,
     other: AbstractContextManager[None],
-    splits: Mapping[str, TokenizedDataset],
-    budget: int,
+    rows: Sample,
     compared_with: Model = "base",
 ) -> Gain:
-    """Compare a trained adapter with its base, or another model, on a sample of rows.
+    """Compare a trained adapter with its base, or another model.
 
     Args:
         engine: Computes the losses of the trained adapter.
         objective: Defines the loss.
         other: A context in which the model computes as the one to compare with, see `tensors.as_initialized`.
-        splits: Split → rows. The sample is drawn from the first split with enough distinct rows, or else from the last;
-            the same rows and budget give the same sample.
-        budget: Tokens that the run was trained on.
+        rows: The rows, see `sample`.
         compared_with: See `Gain.other`.
     """
-    split, drawn, too_few = sample(splits, budget)
-    rows = plural(splits[split].count_rows(drawn), f"{split} {item(objective.unit)}")
-    note(f"comparing the adapter with {'its base' if compared_with == 'base' else 'the one it started from'} on {rows}")
-    adapter = engine.losses(splits[split], drawn, objective)
+    what = plural(rows.rows, f"{rows.split} {item(objective.unit)}")
+    note(f"comparing the adapter with {'its base' if compared_with == 'base' else 'the one it started from'} on {what}")
+    adapter = engine.losses(rows.dataset, rows.copies, objective)
     with other:
-        base = engine.losses(splits[split], drawn, objective)
-    total = splits[split].count_rows(splits[split].weighted(dict.fromkeys(range(splits[split].items), 1)))
-    return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=objective.unit, other=compared_with)
+        base = engine.losses(rows.dataset, rows.copies, objective)
+    return Gain.of(
+        base, adapter, rows.split, total=rows.total, validation_rows=rows.validation_rows, unit=objective.unit,
+        other=compared_with,
+    )  # fmt: skip
 
 
 def forgetting(
@@ -326,37 +355,59 @@ def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) ->
     return FinalScore(losses, int(tokens), objective.unit)
 
 
-def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, float], int | None]:
-    """Choose the rows to compare. Args as for `measure`.
+def sample(
+    splits: Mapping[str, TokenizedDataset], budget: int, *, least: int = LEAST_TOKENS,
+    left_out: Collection[int] = frozenset(),
+) -> Sample:  # fmt: skip
+    """Choose the rows to compare; the same arguments give the same rows.
+
+    Args:
+        splits: Split → rows. The sample is drawn from the first split with enough distinct rows, or else from the last.
+        budget: Tokens that a run is trained on.
+        least: Tokens that the sample may have even after a short run.
+        left_out: Numbers of validation items that are not drawn.
+    """
+    found: dict[str, Sample] = {}
+    for name, rows in splits.items():
+        drawable = [*range(rows.items)]
+        if name == "validation" and left_out:
+            drawable = [number for number in drawable if number not in left_out]
+        copies = rows.weighted(_sample(rows, budget, drawable, least=least))
+        total = rows.count_rows(rows.weighted(dict.fromkeys(drawable, 1)))
+        found[name] = Sample(name, rows, copies, total)
+    chosen = next((one for one in found.values() if one.rows >= LEAST_ROWS), [*found.values()][-1])
+    if "validation" in found and chosen.split != "validation":
+        chosen = replace(chosen, validation_rows=found["validation"].rows)
+    return chosen
+
+
+def draw(split: TokenizedDataset, most: int, among: Sequence[int]) -> dict[int, float]:
+    """Draw rows of a split, as many tokens as after a long run.
+
+    Args:
+        split: The rows.
+        most: The most distinct rows.
+        among: The numbers of the items that may be drawn.
 
     Returns:
-        The name of their split; number of a distinct row → how often it counts, see `TokenizedDataset.weighted`; and
-        the number of distinct validation rows, if these are too few.
+        As `Sample.copies`.
     """
-    samples = {name: rows.weighted(_sample(rows, budget)) for name, rows in splits.items()}
-    distinct = {name: splits[name].count_rows(rows) for name, rows in samples.items()}
-    split = next((name for name, count in distinct.items() if count >= LEAST_ROWS), [*splits][-1])
-    too_few = distinct["validation"] if "validation" in splits and split != "validation" else None
-    return split, samples[split], too_few
+    return split.weighted(_sample(split, _SHARE * _MOST_TOKENS, among, most))
 
 
-def draw(split: TokenizedDataset, most: int) -> dict[int, float]:
-    """Draw rows of a split, as many tokens as after a long run. most: the most distinct rows. Returns as `sample`."""
-    return split.weighted(_sample(split, _SHARE * _MOST_TOKENS, most))
-
-
-def _sample(split: TokenizedDataset, budget: int, most: int = _MOST_ROWS) -> dict[int, int]:
-    """Draw the rows to compare. Their tokens are limited by those of training, or by `_LEAST_TOKENS`, so that the
-    comparison after a short run is short.
+def _sample(
+    split: TokenizedDataset, budget: int, among: Sequence[int], most: int = _MOST_ROWS, *, least: int = LEAST_TOKENS
+) -> dict[int, int]:
+    """Draw the rows to compare. Their tokens are limited by those of training, or by `least`, so that the comparison
+    after a short run is short.
 
     Returns:
         Number of a distinct row → its copies among the drawn rows, including itself.
     """
-    count = split.items
-    share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)
+    share = min(max(budget // _SHARE, least), _MOST_TOKENS)
     copies: dict[int, int] = {}
     tokens = 0
-    drawn = np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist()
+    drawn = np.random.default_rng(0).choice(among, min(len(among), _MOST_DRAWN), replace=False).tolist()
     for number, first in split.firsts(drawn):
         rows = split.item(number)
         if not all(row.supervised for row in rows):

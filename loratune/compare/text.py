@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from loratune.compare import metrics
+from loratune.compare import verdict as verdicts
 from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
 from loratune.compare.metrics import Difference
@@ -109,40 +110,26 @@ def _difference(metric: str, one: Difference | None) -> tuple[str, str]:
 
 
 def verdict(comparison: Comparison) -> str:
-    """The verdict of the comparison, with its numbers, as a line."""
+    """The verdict of the comparison as a line: in words beside the base, by `metric` beside another adapter."""
+    if comparison.collapsed:
+        return f"collapsed: the adapter {comparison.collapsed}"
+    if comparison.compared_with == metrics.BASE:
+        gain, answers = comparison.gain, comparison.answers
+        return verdicts.headline(verdicts.decide(gain, answers), gain, answers)
     metric, other = comparison.metric, comparison.compared_with
-    against = "the base" if other == metrics.BASE else "the other adapter"
     one = comparison.differences[metric]
     mine, its = (number(metric, comparison.scores[model].metrics.get(metric)) for model in (metrics.ADAPTER, other))
     difference = with_interval(metric, one.value, one.interval, signed=True)
     p = "" if one.p is None else f", p {p_value(one.p)}"
     numbers = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
-    if comparison.collapsed:
-        return f"collapsed: the adapter {comparison.collapsed}; {numbers}"
     if comparison.verdict is None:
         too_few = f"there are too few {comparison.item}s"
         return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {numbers}"
     if comparison.verdict != "indistinguishable":
-        return f"{comparison.verdict} than {against}: {numbers}"
+        return f"{comparison.verdict} than the other adapter: {numbers}"
     count = plural(sum(row.copies for row in comparison.rows), comparison.item)
     needed = outlook(one, comparison.item)
-    return f"not distinguishable from {against} at {count}: {numbers}{'; ' if needed else ''}{needed}"
-
-
-def majority(comparison: Comparison) -> str:
-    """A line if an adapter is better than the model it is compared with, but not than `majority`; else empty."""
-    answers = len({row.expected for row in comparison.rows if row.expected is not None})
-    if comparison.majority is None or comparison.verdict != "better" or answers < 2:
-        return ""
-    differences = comparison.paired[metrics.MAJORITY]
-    metric = comparison.metric if comparison.metric in differences else metrics.LABEL_ACCURACY
-    if differences[metric].verdict == "better":
-        return ""
-    mine, its = (
-        number(metric, comparison.scores[model].metrics.get(metric)) for model in (metrics.ADAPTER, metrics.MAJORITY)
-    )
-    constant = f"`{shorten(comparison.majority, _NAME)}`, the most frequent of {answers:,}"
-    return f"{name(metric)} {mine}, not significantly above the {its} of always answering {constant}"
+    return f"not distinguishable from the other adapter at {count}: {numbers}{'; ' if needed else ''}{needed}"
 
 
 def outlook(difference: Difference, item: str = "row") -> str:

@@ -76,7 +76,7 @@ def write(model: PeftModel, directory: Path, state: Mapping[str, torch.Tensor]) 
 
 
 def save(
-    model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None, *, is_scaled: bool = False
+    model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None, *, unchanged: bool = False
 ) -> int:
     """Write the two files that PEFT reads, and read them back.
 
@@ -85,7 +85,7 @@ def save(
         directory: Where to.
         start: The adapter as it was initialized.
         state: The trained tensors, if the model holds only a part of them, see `tensors.full_weights`.
-        is_scaled: Whether they were multiplied by a number after `check_trained`, which may be 0.
+        unchanged: Whether they may be as they were initialized, or 0.
 
     Returns:
         The size of the weights file in bytes.
@@ -95,7 +95,7 @@ def save(
         AdapterError: The file differs from the weights in memory.
     """
     state = weights(model) if state is None else state
-    if not is_scaled:
+    if not unchanged:
         check_trained(state, start)
     memory = {name: tensor.cpu().contiguous() for name, tensor in start.published(state).items()}
     write(model, directory, memory)

@@ -49,7 +49,11 @@ from loratune.training.rows import TokenizedDatasets, tokenize
 
 _MAX_ROWS = 2048
 """Distinct held-out rows on which trials are compared, at most."""
-_FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED: "learned nothing"}
+_FINITE = {
+    Code.TRAINING_WORSE_THAN_BASE: "worse than base",
+    Code.TRAINING_LEARNED_NOTHING: "learned nothing",
+    Code.LORA_UNCHANGED: "learned nothing",
+}
 """Numeric errors other than divergence → the state of the trial."""
 _ESTIMATE_ERROR = 2.0
 """The factor by which an estimate without any trial may be off, see `training.duration`."""

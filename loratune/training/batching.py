@@ -29,6 +29,7 @@ from loratune.system import launcher
 from loratune.system.kept_results import REFUSAL
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto
+from loratune.training.comparisons import choosing
 from loratune.training.preflight import Run
 from loratune.training.retention import (
     Retention,
@@ -48,7 +49,8 @@ class BatchedDatasets:
         layouts: Split name → batches, except for test rows.
         train_rows: The training rows.
         engine: Computes the losses of rows: validation rows during training, and all rows at its end.
-        held_out: The pass over the validation rows, if there are any.
+        held_out: The pass over the validation rows in an evaluation, if there are any.
+        chooses: The numbers of their items, if the others judge the adapter, see `comparisons.choosing`.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
         objective: What is lowered.
         items_of_step: The items of an optimizer step, in all its micro-steps and processes.
@@ -62,6 +64,7 @@ class BatchedDatasets:
     train_rows: TokenizedDataset
     engine: Engine
     held_out: ScoringPass | None
+    chooses: frozenset[int]
     notes: list[str]
     objective: Objective
     items_of_step: int
@@ -158,14 +161,21 @@ def batch(
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     flat, trees = None if mixed else packing != "none", None if saved is None else True
     engine = Engine(model, section, pad_id, acceleration, flat=flat, trees=trees, group=group)
-    held_out = None
+    held_out, chooses = None, frozenset[int]()
     if (validation := splits.get("validation")) is not None:
-        held_out = engine.plan(validation, objective.copies(validation), objective)
+        copies = objective.copies(validation)
+        if chooses := choosing(validation, run):
+            copies = {number: count for number, count in copies.items() if number in chooses}
+            notes.append(
+                f"data.validation: half of the rows choose the step that is kept, {len(copies):,} distinct ones; the "
+                "others judge the adapter"
+            )
+        held_out = engine.plan(validation, copies, objective)
     counts_prompts = section.prompt_loss_weight > 0
     if counts_prompts:
         notes.append(f"data.prompt_loss_weight: a token of a prompt counts {section.prompt_loss_weight:g} in the loss")
     return BatchedDatasets(
-        layouts, train, engine, held_out, notes, objective, count, tokens, counts_prompts=counts_prompts
+        layouts, train, engine, held_out, chooses, notes, objective, count, tokens, counts_prompts=counts_prompts
     )
 
 

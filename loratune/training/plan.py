@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel
 
 from loratune import kernels, memory
 from loratune.codes import Code
-from loratune.compare import preferences
+from loratune.compare import behavior, preferences
 from loratune.config import AUTO, LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
-from loratune.errors import AdapterError, ConfigError, Problem, ResumeError
+from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem, ResumeError
 from loratune.events import PlanEvent
 from loratune.lora import creation, parameters, served, tensors
 from loratune.lora.attach import PeftModel
@@ -28,10 +29,11 @@ from loratune.model.load import Base
 from loratune.system import accelerator, environment, launcher, release
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
-from loratune.training import auto, batching
+from loratune.training import auto, batching, comparisons
 from loratune.training.batching import BatchedDatasets
 from loratune.training.checkpoints.resume import ResumePoint
 from loratune.training.checkpoints.store import BestRecord, CheckpointRecord, Checkpoints
+from loratune.training.comparisons import Comparisons
 from loratune.training.duration import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import Run
 from loratune.training.retention import Retention
@@ -129,8 +131,31 @@ class Plan:
         if (held_out := self.datasets.validation) is None:
             return None
         trained, tokens = (int(split.rows.lengths.sum()) for split in (self.datasets.train, held_out))
+        if self.batches.chooses:
+            tokens = tokens * len(self.batches.chooses) // held_out.items
         count, size = len(self.batches.train.items), self.batches.train.size
         return evaluation_steps(training, count, size, self.group.count, trained, tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run reads, if it takes all its steps."""
+        count, size = len(self.batches.train.items), self.batches.train.size
+        steps, per_epoch = auto.optimizer_steps(self.config.training, count, size, self.group.count)
+        return round(steps / per_epoch * int(self.datasets.train.rows.lengths.sum()))
+
+    @cached_property
+    def comparisons(self) -> Comparisons:
+        """What is compared after the last step."""
+        evaluations, is_scaled = self.evaluations, self.config.training.adapter_scale == AUTO
+        selects = self.config.keeps_best and evaluations is not None and evaluations.count > 1
+        instructions: list[behavior.Ids] = []
+        with suppress(DataError, ModelError):  # then it is not measured
+            instructions = behavior.prompts(self.datasets.renderer, load.context_length(self.model.config))[1]
+        costs = comparisons.costs(self.datasets.unrelated.rows, instructions)
+        least = comparisons.affordable(self.count.total, on_accelerator=self.model.device.type != "cpu")
+        return comparisons.decide(
+            self.datasets.compared, self.batches.chooses, self.tokens, costs, least=least, selects=selects or is_scaled
+        )
 
     @cached_property
     def servers(self) -> dict[str, served.Served | str]:
@@ -179,7 +204,7 @@ class Plan:
             yield f"{evaluations}{kept if evaluations.count > 1 else ''}"
             if training.patience is not None and training.patience + 1 >= evaluations.count:
                 yield f"training.patience: {training.patience} has no effect with so few evaluations"
-        yield from (*self.notes, *served.remarks(self.servers))
+        yield from (*self.notes, *self.comparisons.notes(), *served.remarks(self.servers))
 
     def side_name(self, number: int) -> str:
         """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""

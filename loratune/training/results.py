@@ -5,34 +5,43 @@ measured.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from loratune.adapter import card
 from loratune.codes import Code
-from loratune.compare import behavior, collapse, gain
+from loratune.compare import behavior, collapse, exact, gain, verdict
 from loratune.compare.behavior import Behavior
 from loratune.compare.engine import SFT
 from loratune.compare.gain import FinalScore, Forgetting, Gain
 from loratune.compare.objectives import PreferenceMetrics
 from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective
+from loratune.compare.verdict import Answers, Name
 from loratune.config import RunConfig
-from loratune.data import unrelated_kinds
+from loratune.data import first_examples, unrelated_kinds
+from loratune.data.sources.rows import place_in_cache
 from loratune.errors import DataError, ModelError, Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
+from loratune.statistics import Interval
 from loratune.system import launcher
-from loratune.text import plural
+from loratune.text import listed, plural
 from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.store import BestRecord
+from loratune.training.comparisons import SAMPLE_TOKENS, SAMPLES
 from loratune.training.plan import Plan
 from loratune.training.reference import answering
 from loratune.training.scale import AdapterScale
 
+_NO_ROOM = "the run is short for so large a model"
+_FEW_STEPS, _MOST_PASSES = 100, 8
+"""An adapter that is not clearly better is advised to read its rows more often up to so many steps and passes."""
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """The most reports of each kind that are kept, spread evenly over the run: a report takes about 230 or 110 bytes of
 loratune.json, which then stays below 200 kB."""
@@ -44,6 +53,16 @@ class OutOfMemory(ResourceError):
     def __init__(self, position: str, *, evaluating: bool):
         super().__init__(Problem(Code.SYSTEM_OUT_OF_MEMORY, f"out of memory {position}"))
         self.evaluating = evaluating
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """A held-out prompt, the answers of base and adapter to it, and the expected one."""
+
+    prompt: str
+    base: str
+    adapter: str
+    expected: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,13 @@ class TrainedAdapter:
         curve: The trainer's logs with a loss or a held-out loss, see `thinned`.
         weights: The adapter's whole tensors; empty until they are compared with the base.
         scale: The number that the update was multiplied by after the last step; all results below are after that.
-        gain: The gain over the base; this and the following fields are None until they are measured.
+        verdict: The verdict on it; this and the following fields are None until they are measured.
+        gain: The gain over the base.
+        answers: How many held-out answers are right; None where answers are long, or no rows are held out.
+        advice: What to try next, if it is not clearly better.
+        looks: How many steps and scales the rows of the verdict have chosen from; 1 if they chose nothing.
+        judged_apart: Whether the rows of the verdict are other validation rows than those that chose the step.
+        samples: Held-out prompts with the answers of base and adapter.
         forgetting: The change on rows of the earlier run; None if training did not start from an adapter.
         unrelated: The change on unrelated text.
         behavior: The change of the base's answers to everyday instructions.
@@ -83,7 +108,13 @@ class TrainedAdapter:
     curve: list[dict[str, float]]
     weights: Weights = field(default_factory=dict)
     scale: AdapterScale = field(default_factory=AdapterScale)
+    verdict: Name | None = None
     gain: Gain | None = None
+    answers: Answers | None = None
+    advice: tuple[str, ...] = ()
+    looks: int = 1
+    judged_apart: bool = False
+    samples: Sequence["SampleAnswer"] = ()
     forgetting: Forgetting | None = None
     unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
     behavior: Behavior | None = None
@@ -105,7 +136,10 @@ class TrainedAdapter:
 
     @property
     def held_out_loss(self) -> float | None:
-        """The loss of the weights that become the adapter on the validation rows, None without any."""
+        """The loss of the weights that become the adapter on the validation rows, or on those that chose nothing; None
+        without any."""
+        if self.judged_apart and self.gain is not None:
+            return self.gain.adapter
         best = self.evaluations.loss if self.evaluations and self.config.keeps_best else None
         last = next(reversed(self.losses("eval_loss")), None)
         return next((loss for loss in (self.scale.held_out, best, last) if loss is not None), None)
@@ -126,12 +160,12 @@ class TrainedAdapter:
         if best is None or loss is None or comparison is None:
             return []
         text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
-        if interval := comparison.held_out_interval(loss):
+        if interval := self._held_out_interval():
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
         text += self.scale.remark
         if best.evaluations > 1 and self.config.keeps_best:
             text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
-            text += "" if self.test else ", so optimistic"
+            text += "" if self.test or self.judged_apart else ", so optimistic"
             if self.kept_step != self.steps:
                 text += f"; {self.losses('eval_loss')[-1]:.4f} at step {self.steps:,}, the last"
         elif best.step != self.steps:
@@ -143,6 +177,33 @@ class TrainedAdapter:
         return lines
 
     @property
+    def headline(self) -> str:
+        """The verdict as a sentence, with what it cost the rows of the earlier run, if that is significant."""
+        assert self.verdict is not None and self.gain is not None
+        text = verdict.headline(self.verdict, self.gain, self.answers)
+        earlier = self.forgetting.comparison if self.forgetting is not None else None
+        if earlier is not None and earlier.high is not None and earlier.high < 0:
+            how = verdict.change(-earlier.better_by, significant=True)
+            text += f"; {how} on the rows of the adapter that it started from ({-earlier.better_by:+.2f})"
+        return text
+
+    @property
+    def doubt(self) -> str:
+        """What speaks against relying on the verdict; empty if nothing does."""
+        assert self.gain is not None
+        return verdict.doubt(self.gain, chose=self.looks > 1)
+
+    def _held_out_interval(self) -> Interval | None:
+        """The interval of `held_out_loss`; None if it is unknown."""
+        found, loss = self.gain, self.held_out_loss
+        if found is None or loss is None:
+            return None
+        if self.judged_apart:
+            ends = found.adapter_low, found.adapter_high
+            return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
+        return found.held_out_interval(loss)
+
+    @property
     def side_effects(self) -> list[tuple[str, str]]:
         """How much general ability was lost, as labels and texts."""
         named = {"unrelated text": self.unrelated, "base's answers": self.behavior, "earlier rows": self.forgetting}
@@ -152,8 +213,9 @@ class TrainedAdapter:
     def metrics(self) -> dict[str, Any]:
         """All metrics as JSON values, for the record. held_out_interval: null if unknown."""
         best, losses, loss = self.evaluations, self.losses(), self.held_out_loss
-        interval = self.gain.held_out_interval(loss) if self.gain is not None and loss is not None else None
+        interval = self._held_out_interval()
         metrics: dict[str, Any] = {
+            "verdict": self.verdict,
             "steps": self.steps,
             "kept_step": self.kept_step,
             "stopped_early": self.steps < self.planned_steps,
@@ -170,7 +232,7 @@ class TrainedAdapter:
         }
         metrics |= self.scale.as_json()
         named = {
-            "gain": self.gain, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
+            "gain": self.gain, "answers": self.answers, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
             "behavior": self.behavior, "preferences": self.preferences, "test": self.test,
         }  # fmt: skip
         metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
@@ -198,23 +260,25 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
 
 
 def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
-    """The adapter with its weights, and how it compares with the base; or with the adapter from which training
-    continued, where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see
-    `collapse`."""
-    weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.datasets.compared
+    """The adapter with its weights, and how it compares with the base, or with the adapter from which training
+    continued, where that is the reference of preferences; and the verdict.
+
+    Raises:
+        NumericError: A loss is NaN or inf; or the adapter has collapsed, see `collapse`.
+    """
+    weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.comparisons
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
     other = base()
     name: gain.Model = "base"
     if plan.run.start is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
         other, name = tensors.as_started(plan.model, plan.adapter_init, weights), "start"
-    comparison = gain.measure(plan.batches.engine, objective, other, compared, trained.tokens, name)
+    comparison = gain.measure(plan.batches.engine, objective, other, compared.rows, name)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
     else:
-        numbers = gain.sample(compared, trained.tokens)[1]
-        rows = [row for number in numbers for row in compared[comparison.split].item(number)]
+        rows = [row for number in compared.rows.copies for row in compared.rows.dataset.item(number)]
         sensitivity = collapse.measure(plan.model, base(), rows)
         vocabulary = plan.model.config.get_text_config().vocab_size
         loss = comparison.adapter if comparison.unit == "token" else math.nan
@@ -224,7 +288,52 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
             problem = Problem(Code.TRAINING_COLLAPSED, what, key="training.learning_rate", fix=fix)
     if problem is not None:
         raise diverged_error(problem, plan.checkpoints, trained.steps)
-    return replace(trained, weights=weights, gain=comparison)
+    answers = _compare_answers(plan, base) if compared.answers else None
+    looks = 1
+    if compared.chose:
+        looks = max(1, trained.evaluations.evaluations if trained.evaluations else 1) + trained.scale.tried
+    decided = verdict.decide(comparison, answers, looks=looks)
+    if trained.scale.value == 1 and not plan.adapter_init.has_changed(weights):
+        decided = "learned nothing"
+    return replace(
+        trained,
+        weights=weights,
+        verdict=decided,
+        gain=comparison,
+        answers=answers,
+        advice=tuple(_advice(plan, trained, decided, answers)),
+        looks=looks,
+        judged_apart=compared.judged_apart,
+    )
+
+
+def _compare_answers(plan: Plan, base: behavior.Base) -> Answers:
+    """How many answers of base and adapter are right, as the main process computes it, or all for sharded weights."""
+    compared, found = plan.comparisons, list[list[float]]()
+    rows = compared.answered()
+    if plan.group.main or launcher.sharding():
+        contexts = base(), nullcontext()
+        found = [exact.right(plan.model, plan.batches.engine, rows, inside).tolist() for inside in contexts]
+    of_base, of_adapter = map(np.array, plan.group.broadcast(found))
+    constant = None
+    if compared.majority is not None:
+        label = plan.datasets.tokenizer.decode(compared.majority, skip_special_tokens=True).strip()
+        constant = label, np.array([float(row.completion == compared.majority) for row in rows])
+    return Answers.of(of_base, of_adapter, np.array([*compared.rows.copies.values()]), constant)
+
+
+def _advice(plan: Plan, trained: TrainedAdapter, decided: Name, answers: Answers | None) -> Iterator[str]:
+    """What to try next, if the adapter is not clearly better."""
+    if decided in verdict.GOOD and not verdict.lost_to_majority(answers):
+        return
+    passes = plan.tokens / int(plan.datasets.train.rows.lengths.sum())
+    if trained.steps < _FEW_STEPS and passes < _MOST_PASSES:
+        yield f"training.num_train_epochs={max(4, math.ceil(2 * passes))} ({plural(trained.steps, 'step')} were taken)"
+    if plan.datasets.alike:
+        yield f"labels that look alike: {listed([f'{one} → {other}' for one, other in plan.datasets.alike.items()], 3)}"
+    if decided == "cannot tell":
+        yield "more held-out rows"
+    yield "more rows, whose prompts contain what decides the answer"
 
 
 def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
@@ -238,11 +347,15 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         NumericError: The loss on the test rows is NaN or inf.
     """
     unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
+    changed, left_out = Behavior(unknown=_NO_ROOM), plan.comparisons.left_out
     forgetting = _forgotten(plan, trained)
-    if text is not None:
+    if "unrelated" in left_out:
+        unrelated = Forgetting(None, unknown=_NO_ROOM)
+    elif text is not None:
         base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
         unrelated = gain.forgetting(plan.batches.engine, base, text, unrelated_kinds())
-    changed = _measure_behavior(plan, trained)
+    if "behavior" not in left_out:
+        changed = _measure_behavior(plan, trained)
     for remark in filter(None, (unrelated.remark, changed.remark)):
         note(remark)
     test = None
@@ -257,9 +370,43 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         behavior=changed,
         test=test,
         preferences=_measure_preferences(plan),
+        samples=_sample_answers(plan, trained),
         computed_by=plan.batches.engine.computed_by,
         not_accelerated=plan.batches.engine.acceleration.fallbacks,
     )
+
+
+def _sample_answers(plan: Plan, trained: TrainedAdapter) -> list[SampleAnswer]:
+    """Some held-out prompts with the answers of base and adapter, in the main process; none where weights are sharded,
+    or without held-out rows that have a prompt and an answer."""
+    compared, rows = plan.comparisons, plan.run.rows
+    if "samples" in compared.left_out or compared.rows.split != "validation" or not plan.group.main:
+        return []
+    if launcher.sharding() or rows is None or rows.validation is None or plan.batches.objective.unit != "token":
+        return []
+    examples = first_examples(rows.validation, compared.rows.dataset.rows)
+    prompts = {place_in_cache(one.where): card.prompt_text(one) for one in examples}
+    shown = [row for row in compared.answered() if prompts.get(row.where)]
+    shown = shown[: 1 if compared.answers else SAMPLES]
+    engine, renderer = plan.batches.engine, plan.datasets.renderer
+    given, limit = [row.prompt for row in shown], max((len(row.completion) for row in shown), default=0)
+    write = partial(
+        behavior.write, plan.model, engine, given, min(limit, SAMPLE_TOKENS), end_ids=renderer.end_ids
+    )  # fmt: skip
+    try:
+        of_adapter = [*write()] if shown else []
+        with tensors.as_initialized(plan.model, plan.adapter_init, trained.weights):
+            of_base = [*write()] if shown else []
+    except ModelError:  # it cannot write, which `behavior` has said
+        return []
+
+    def text(ids: Sequence[int]) -> str:
+        return str(renderer.tokenizer.decode([*ids], skip_special_tokens=True)).strip()
+
+    return [
+        SampleAnswer(prompts[row.where], text(before), text(after), text(row.completion))
+        for row, before, after in zip(shown, of_base, of_adapter, strict=True)
+    ]
 
 
 def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
@@ -285,8 +432,8 @@ def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
     if earlier.rows is None:
         return Forgetting(None, unknown=earlier.unknown)
     before = tensors.as_started(plan.model, plan.adapter_init, trained.weights)
-    rows = {earlier.split: earlier.rows}
-    comparison = gain.measure(plan.batches.engine, SFT, before, rows, trained.tokens, "start")
+    rows = gain.sample({earlier.split: earlier.rows}, plan.tokens)
+    comparison = gain.measure(plan.batches.engine, SFT, before, rows, "start")
     return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
 
 

@@ -5,7 +5,7 @@ The rows of the earlier run are read, rendered and truncated by its own config, 
 the adapter records. They are mixed in as tokens, so the two runs may read, render and supervise rows differently.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ class TokenizedDatasets:
         replay: What loratune.json records of the rows that are replayed: their share and number, and the fingerprint
             of the run's own training rows; None if none are.
         notes: Lines on what the run starts from.
+        alike: Label of the training rows → the more frequent one that looks like it. Known to the main process only.
     """
 
     renderer: Renderer
@@ -77,6 +78,7 @@ class TokenizedDatasets:
     earlier: MeasuredText | None = None
     replay: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    alike: Mapping[str, str] = field(default_factory=dict)
 
     def notes_on_sides(self) -> Iterator[str]:
         """How many answers are desirable, for unpaired preferences."""
@@ -134,6 +136,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
         data.check_positions(rows, section, context)
     remarks: dict[str, list[str]] = {name: [] for name in splits}
     leaks: list[str] = []
+    alike: dict[str, str] = {}
     if run.rows is not None:
         for name, split in run.rows.splits.items():
             remarks[name] += [*split.remarks(), *filter(None, [splits[name].rows.remark])]
@@ -146,6 +149,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
         if train.kind is None and float(np.median(splits["train"].rows.supervised)) <= LABEL_TOKENS:
             classes = Classes.of(train.examples(), len(train), section.loss_on)
             remarks["train"] += filter(None, [classes.remark_on_similar()])
+            alike = classes.joined()
         rendering = (
             renderer.remark_on_bos(splits["train"].rows.row(0).ids),
             data.remark_on_arguments(train, splits["train"].rows, renderer),
@@ -163,6 +167,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
         remarks,
         leaks,
         _unrelated(renderer, vocabulary, longest, group),
+        alike=alike,
     )
     return _with_earlier_run(datasets, run, group)
 

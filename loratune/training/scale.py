@@ -53,6 +53,11 @@ class AdapterScale:
         return f"{self.value:g}: {self.why}"
 
     @property
+    def tried(self) -> int:
+        """How many scales rows have chosen from, besides 1."""
+        return len(self.evidence.get("tried", ()))
+
+    @property
     def lines(self) -> list[tuple[str, str]]:
         """The choice as label and text; empty if nothing was asked for."""
         return [("adapter scale", str(self))] if self.why else []
@@ -133,15 +138,20 @@ def passes(plan: Plan) -> Iterator[tuple[TokenizedDataset, Sequence[int], Object
     if wanted == 1 or rows is None:
         return
     if wanted == AUTO:
-        yield from [(rows, [*gain.draw(rows, MOST_ROWS)], objective)] * (2 + len(SCALES))
+        yield from [(rows, [*gain.draw(rows, MOST_ROWS, _choosing(plan, rows))], objective)] * (2 + len(SCALES))
     yield rows, [*objective.copies(rows)], objective
+
+
+def _choosing(plan: Plan, rows: TokenizedDataset) -> Sequence[int]:
+    """The validation items by which a scale may be chosen."""
+    return sorted(plan.batches.chooses) or range(rows.items)
 
 
 def _chosen(plan: Plan) -> AdapterScale:
     """The scale by the losses of a sample of the validation rows."""
     engine, objective, rows = plan.batches.engine, plan.batches.objective, plan.datasets.validation
     assert rows is not None, "the config requires validation rows"
-    drawn = gain.draw(rows, MOST_ROWS)
+    drawn = gain.draw(rows, MOST_ROWS, _choosing(plan, rows))
     count = rows.count_rows(drawn)
     what = plural(count, f"distinct validation {gain.item(objective.unit)}")
     if count < LEAST_ROWS:

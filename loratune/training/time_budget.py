@@ -283,14 +283,16 @@ def _costs(plan: Plan, layout: BatchLayout | None = None, rows: TokenizedDataset
 def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Scoring]:
     """The scoring passes after the last step of a run that reads `tokens` tokens; some by both base and adapter."""
     objective, datasets = plan.batches.objective, plan.datasets
-    split, sample, _ = gain.sample(datasets.compared, tokens)
-    rows = datasets.compared[split]
-    passes: list[Scoring] = [(rows, [*sample], objective), (rows, [*sample][: collapse.PROMPTS], objective)]
+    compared = plan.comparisons
+    rows, sample = compared.rows.dataset, [*compared.rows.copies]
+    passes: list[Scoring] = [(rows, sample, objective), (rows, sample[: collapse.PROMPTS], objective)]
+    passes += [(rows, sample, SFT)] if compared.answers else []
     if datasets.earlier is not None and (earlier := datasets.earlier.rows) is not None:
-        passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], SFT))
-    if (text := datasets.unrelated.rows) is not None:
+        passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens).copies], SFT))
+    if (text := datasets.unrelated.rows) is not None and "unrelated" not in compared.left_out:
         passes.append((text, range(text.items), SFT))
-        yield from [passes[-1]] * _PASSES_OF_BEHAVIOR
+    if text is not None and "behavior" not in compared.left_out:
+        yield from [(text, range(text.items), SFT)] * _PASSES_OF_BEHAVIOR
     yield from passes * 2
     if isinstance(objective, PreferenceObjective):
         rows = datasets.validation or datasets.train

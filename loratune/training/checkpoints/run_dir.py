@@ -135,8 +135,8 @@ class RunDirectory(OutputDirectory):
             what, fix = f"{partial} holds files of an interrupted run, but no whole checkpoint", restart
         elif is_file(self.rejection):
             code = Code.TRAINING_WORSE_THAN_BASE
-            what = f"{partial} holds a finished run whose adapter does worse than its base"
-            fix = f"{PUBLISH_WORSE}, or {restart} and a lower training.learning_rate"
+            what = f"{partial} holds a finished run whose adapter does worse than its base, or learned nothing"
+            fix = f"{PUBLISH_WORSE}, or {restart} and another training.learning_rate"
         raise self._refuse(code, what, fix)
 
     def prepare(self, *, resume: bool = False) -> None:

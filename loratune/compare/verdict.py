@@ -1,0 +1,243 @@
+"""The verdict on an adapter, by one table for `train` and `evaluate`, and its words.
+
+Where answers are labels, or short, the share of right ones decides, else the loss. Each comparison is paired, row by
+row, at 95 %:
+
+| verdict | when |
+|---|---|
+| beats base and majority | more right answers than the base, and than always giving the most frequent one |
+| better than its base | more right answers, or less loss; the most frequent answer is not beaten, or there is none |
+| cannot tell | neither, and a gain that matters is possible |
+| learned nothing | the weights are as before, or the whole interval of the gain is below `WORTH` |
+| worse | fewer right answers, or more loss without more right answers |
+| collapsed | the predictions no longer depend on the prompt, see `collapse` |
+
+`scripts/verdicts.py` simulates how often the first two are wrong.
+"""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar, get_args
+
+from loratune.compare import metrics
+from loratune.compare.gain import Gain, item
+from loratune.compare.metrics import Difference, Values, share_difference
+from loratune.data.holding_out import MAX_LABELS
+from loratune.statistics import Interval, effective_rows, finite, widened, wilson
+from loratune.text import plural
+
+Label = TypeVar("Label")
+Constant = tuple[str, Values]
+"""An answer, and for each row 1 if it is right, else 0; (rows,)."""
+Name = Literal[
+    "beats base and majority", "better than its base", "cannot tell", "learned nothing", "worse", "collapsed"
+]
+NAMES: tuple[Name, ...] = get_args(Name)
+GOOD: tuple[Name, ...] = ("beats base and majority", "better than its base")
+REFUSED: tuple[Name, ...] = ("learned nothing", "worse", "collapsed")
+"""Verdicts with which no adapter is published, unless that is asked for."""
+WORTH = 0.01
+"""Nats per token, pair or answer below which a gain does not matter: a token becomes 1 % more likely."""
+SHORT = 32
+"""The most tokens of an answer, without its end, that is compared as a whole: longer ones are hardly ever equal."""
+_ROWS_PER_LABEL = 4
+"""Expected answers count as labels if each occurs in this many rows on average, and there are at most `MAX_LABELS`."""
+_FEW = 100
+"""Rows with fewer of which a share of right answers is known to within 10 points at best."""
+SLIGHTLY, _CLEARLY = 0.1, 0.5
+"""Nats per token from which on a higher loss on other text is clear, and much: perplexities 10 % and 65 % higher.
+With the default settings SmolLM2-135M loses 0.05 to 0.15 (scripts/learning/README.md)."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How many answers are right, of base and adapter on the same rows.
+
+    Attributes:
+        rows: The number of rows, with copies.
+        right: The share of the adapter's right answers, or another metric by which answers are judged.
+        interval: Its 95 % interval.
+        of_base: The same share of the base.
+        over_base: The paired difference, adapter minus base.
+        majority: The most frequent answer of the training rows; None if answers are not labels.
+        of_majority: The share of rows for which it is right.
+        over_majority: The paired difference, adapter minus always giving it.
+        metric: What makes an answer right.
+    """
+
+    rows: int
+    right: float
+    interval: Interval | None
+    of_base: float
+    over_base: Difference
+    majority: str | None = None
+    of_majority: float | None = None
+    over_majority: Difference | None = None
+    metric: str = metrics.EXACT_MATCH
+
+    @classmethod
+    def of(cls, base: Values, adapter: Values, copies: Values, constant: Constant | None = None) -> "Answers":
+        """Create it from scores of 0 or 1, (rows,) each. constant: the most frequent answer and its scores."""
+
+        def share(scores: Values) -> float:
+            return float((copies * scores).sum() / copies.sum())
+
+        def over(other: Values) -> Difference:
+            return share_difference(other, adapter, copies, lower_is_better=False)
+
+        count, right = effective_rows(copies), share(adapter)
+        found = cls(round(copies.sum()), right, wilson(right * count, count), share(base), over(base))
+        if constant is None:
+            return found
+        label, scores = constant
+        return replace(found, majority=label, of_majority=share(scores), over_majority=over(scores))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: shares from 0 to 1."""
+        values = {name: value for name, value in asdict(self).items() if not name.startswith("over_")}
+        values["interval"] = finite(self.interval)
+        values["over_base"] = self.over_base.as_json()
+        return values | {"over_majority": self.over_majority and self.over_majority.as_json()}
+
+
+def label_of(answers: Counter[Label]) -> Label | None:
+    """The most frequent of some expected answers; None if they are not labels. answers: answer → its rows."""
+    if not 1 <= len(answers) <= MAX_LABELS or answers.total() < _ROWS_PER_LABEL * len(answers):
+        return None
+    return answers.most_common(1)[0][0]
+
+
+def decide(gain: Gain, answers: Answers | None = None, *, collapsed: bool = False, looks: int = 1) -> Name:
+    """The verdict by the table of this module.
+
+    Args:
+        gain: The paired losses.
+        answers: The paired answers, where there are short ones.
+        collapsed: Whether the adapter has collapsed.
+        looks: How many adapters these rows have chosen from; 1 if they chose nothing. What is found better must hold
+            for the chosen one of so many, by Bonferroni's correction.
+    """
+    if collapsed:
+        return "collapsed"
+    over_base = answers and _better(answers.over_base, looks)
+    if answers is not None and answers.over_base.verdict == "worse":
+        return "worse"
+    if over_base:
+        assert answers is not None
+        beaten = answers.over_majority is not None and _better(answers.over_majority, looks)
+        return "beats base and majority" if beaten else "better than its base"
+    if gain.verdict == "worse":
+        return "worse"
+    if gain.high is not None and gain.high < WORTH:
+        return "learned nothing"
+    low = None if gain.low is None else widened(Interval(gain.low, math.inf), gain.better_by, looks).low
+    return "better than its base" if gain.verdict == "gain" and low is not None and low > 0 else "cannot tell"
+
+
+def _better(difference: Difference, looks: int) -> bool:
+    if difference.verdict != "better" or difference.interval is None:
+        return False
+    low = widened(difference.interval, difference.value, looks).low
+    return low > 0 and looks * (difference.p or 0.0) < metrics.SIGNIFICANT
+
+
+# Words
+
+
+def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
+    """The verdict as a sentence for people who do not know the field."""
+    if not math.isfinite(gain.better_by):
+        return f"{name}: not all losses on {gain.sampled_rows()} are finite"
+    by_loss = f"{likelier(gain)}, on {_rows(gain)}"
+    if answers is None:
+        found = by_loss
+    elif name == "better than its base" and answers.over_base.verdict != "better":
+        found = f"{by_loss}, but {right(answers, gain)}"
+    else:
+        found = right(answers, gain)
+    match name:
+        case "beats base and majority":
+            return f"beats its base and always {_quoted(answers)}: {found}"
+        case "better than its base":
+            if lost_to_majority(answers):
+                assert answers is not None and answers.of_majority is not None
+                by_guess = round(answers.of_majority * answers.rows)
+                return f"not better than always {_quoted(answers)}: {found}, {by_guess:,} would be by guessing so"
+            return f"better than its base: {found}"
+        case "cannot tell":
+            return f"cannot tell whether it is better than its base: {found}{needed(gain, answers)}"
+        case "learned nothing":
+            return f"learned nothing: {by_loss}"
+        case "worse":
+            return f"worse than its base: {found}"
+    return name
+
+
+def lost_to_majority(answers: Answers | None) -> bool:
+    """Whether answers are labels, and always giving the most frequent one is not beaten."""
+    return answers is not None and answers.over_majority is not None and answers.over_majority.verdict != "better"
+
+
+def right(answers: Answers, gain: Gain) -> str:
+    """`30 of 30 held-out answers right (95 %: 89 to 100; base 0 %, majority 35 %)`."""
+    count, ends = round(answers.right * answers.rows), ""
+    if (interval := answers.interval) is not None:
+        ends = f"95 %: {100 * interval.low:.0f} to {100 * interval.high:.0f}; "
+    others = f"base {100 * answers.of_base:.0f} %"
+    others += "" if answers.of_majority is None else f", majority {100 * answers.of_majority:.0f} %"
+    if answers.metric in metrics.MEANS:
+        return f"{answers.metric} {100 * answers.right:.0f} % on {_rows(gain)} ({ends}{others})"
+    by = "" if answers.metric == metrics.EXACT_MATCH else f" by {answers.metric}"
+    return f"{count:,} of {answers.rows:,} {_kind(gain)} answers right{by} ({ends}{others})"
+
+
+def likelier(gain: Gain) -> str:
+    """A difference of losses in words: `each expected token became 1.7 times as likely`."""
+    if gain.unit != "token":
+        return f"the loss per {gain.unit} went from {gain.base:.3f} to {gain.adapter:.3f}"
+    times = math.exp(min(abs(gain.better_by), 700.0))
+    text = f"{times:.2f}" if times < 1.1 else f"{times:.1f}" if times < 10 else f"{times:,.0f}"
+    how = "likely" if gain.better_by >= 0 else "unlikely"
+    return f"each expected token became {text if times < 1e6 else 'over a million'} times as {how}"
+
+
+def needed(gain: Gain, answers: Answers | None) -> str:
+    """How many rows would tell, as the end of a sentence; empty if that is unknown."""
+    if gain.low is None:
+        return "; too few rows for more"
+    rows = answers.over_base.rows_needed if answers is not None else gain.rows_needed
+    if rows is None:
+        return ""
+    step: int = 10 ** max(0, len(str(rows)) - 2)
+    return f"; about {math.ceil(rows / step) * step:,} held-out {item(gain.unit)}s would tell"
+
+
+def change(nats: float, *, significant: bool) -> str:
+    """A higher loss on other text in words; one scale for all commands. significant: its interval is above 0."""
+    if not significant:
+        return "as before" if nats < SLIGHTLY else "perhaps worse"
+    return "slightly worse" if nats < SLIGHTLY else "clearly worse" if nats < _CLEARLY else "much worse"
+
+
+def doubt(gain: Gain, *, chose: bool) -> str:
+    """What speaks against relying on a verdict; empty if nothing does. chose: whether its rows chose the step."""
+    if gain.split == "training":
+        return "only by rows that it was trained on: hold some out, as by data.validation=0.2"
+    if gain.rows < _FEW or chose:
+        also = ", which also chose the step, so optimistic" if chose else ""
+        return f"only {plural(gain.rows, item(gain.unit))}{also}; test on unseen ones (below)"
+    return ""
+
+
+def _rows(gain: Gain) -> str:
+    return plural(gain.drawn, f"{_kind(gain)} {item(gain.unit)}")
+
+
+def _kind(gain: Gain) -> str:
+    return "training" if gain.split == "training" else "held-out"
+
+
+def _quoted(answers: Answers | None) -> str:
+    text = " ".join((answers.majority or "" if answers is not None else "").split())
+    return f'"{text if len(text) <= 24 else text[:21] + "..."}"'
