@@ -12,7 +12,7 @@ Interval: TypeAlias = list[float] | None
 Bytes: TypeAlias = dict[str, int]
 Score: TypeAlias = dict[str, float | str | dict[str, Interval] | None]
 
-Gain = Annotated[dict[str, Any], "loratune.compare.gain.Gain", "verdict"]
+Gain = Annotated[dict[str, Any], "loratune.compare.gain.Gain"]
 Forgetting = TypedDict("Forgetting", {"not_measured": str, "split": str, "rows": int, "drawn": int, "total": int,
     "before": float, "after": float, "change": float, "low": float | None, "high": float | None,
     "kinds": dict[str, float]}, total=False)  # fmt: skip
@@ -59,17 +59,35 @@ Attributes:
     distinct: Rows without copies.
     interval: The ends of the loss's 95 % interval; null for too few rows.
 """
-Metrics = TypedDict("Metrics", {"steps": int, "kept_step": int, "stopped_early": bool, "first_loss": float,
-    "last_loss": float, "held_out_loss": float | None, "best_held_out_loss": float | None,
+Answers = TypedDict("Answers", {"rows": int, "right": float, "interval": Interval, "of_base": float,
+    "over_base": dict[str, Any], "majority": str | None, "of_majority": float | None,
+    "over_majority": dict[str, Any] | None, "metric": str})  # fmt: skip
+"""How many held-out answers are right, of base and adapter on the same rows.
+
+Attributes:
+    rows: Rows, including copies.
+    right: The share of the adapter's right answers.
+    interval: Its 95 % interval.
+    of_base: The same share of the base.
+    over_base: The paired difference, adapter minus base.
+    majority: The most frequent answer of the training rows; null if answers are not labels.
+    of_majority: The share of rows for which it is right.
+    over_majority: The paired difference, adapter minus always giving it.
+    metric: What makes an answer right.
+"""
+Metrics = TypedDict("Metrics", {"verdict": str | None, "steps": int, "kept_step": int, "stopped_early": bool,
+    "first_loss": float, "last_loss": float, "held_out_loss": float | None, "best_held_out_loss": float | None,
     "last_held_out_loss": float | None, "evaluations": int, "tokens": int, "seconds": float,
     "tokens_per_second": float | None, "held_out_interval": Interval, "adapter_scale": NotRequired[float],
-    "adapter_scale_choice": NotRequired[dict[str, Any]], "gain": NotRequired[Gain],
+    "adapter_scale_choice": NotRequired[dict[str, Any]], "gain": NotRequired[Gain], "answers": NotRequired[Answers],
     "forgetting": NotRequired[Forgetting], "unrelated_text": NotRequired[Forgetting], "behavior": NotRequired[Behavior],
     "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
     "computed_by": dict[str, dict[str, str]]})  # fmt: skip
 """The metrics of a run, also in `loratune.json`.
 
 Attributes:
+    verdict: `beats base and majority`, `better than its base`, `cannot tell`, `learned nothing`, `worse` or
+        `collapsed`.
     steps: Optimizer steps that were taken.
     kept_step: The step whose weights became the adapter.
     stopped_early: Whether the run ended before its last planned step, as the held-out loss did not fall any more.
@@ -85,7 +103,8 @@ Attributes:
     held_out_interval: The ends of the 95 % interval of `held_out_loss`; null if unknown.
     adapter_scale: The factor by which the update was scaled after training, if training.adapter_scale is set.
     adapter_scale_choice: What that factor was chosen by.
-    gain: The adapter compared with its base on held-out rows. This is the verdict on the run.
+    gain: The losses of the adapter and its base on held-out rows.
+    answers: How many held-out answers are right, where they are short.
     forgetting: The change on rows of the earlier run, for lora.start_from.
     unrelated_text: The change on text unrelated to the training rows.
     behavior: How the base's answers to everyday instructions change.
@@ -236,8 +255,7 @@ Attributes:
     forgetting: The loss of the adapter minus that of the base on other text: `value`, `low`, `high`, and by `kinds`.
     behavior: How the base's answers to everyday instructions change.
     metric: The metric that the verdict is about.
-    verdict: `better`, `worse` or `indistinguishable`; `collapsed` if the adapter predicts the same after every prompt;
-        null for too few rows.
+    verdict: As that of a run. Beside another adapter `better`, `worse` or `indistinguishable`; null for too few rows.
     notes: Rows that were cut or dropped, or are also in train; too few rows.
     overlap: Rows that are also in train, exactly or with white space folded, of all `rows`; null if unknown.
     computed_by: How losses were computed: dtype, layers and batches.

@@ -351,7 +351,7 @@ def test_tasks_and_rows_in_one_evaluation(place: Path, cli: Cli) -> None:
     assert [*printed["tasks"]] == ["answer"] and printed["limit"] == 2
     assert {key: printed[key] for key in json.loads(without.out)} == json.loads(without.out)
     text = cli(*arguments, *tasks)
-    assert text.code == 0 and text.out.index("verdict") < text.out.index("answer.exact_match")
+    assert text.code == 0 and text.out.index("its base") < text.out.index("answer.exact_match")
 
 
 @pytest.mark.parametrize(

@@ -96,19 +96,19 @@ def rows(*kinds: tuple[int, Any]) -> list[ComparedRow]:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "loss", "match"),
+    ("kinds", "verdict", "match"),
     [
-        (((15, WON), (5, SAME)), "better", "better"),
+        (((15, WON), (5, SAME)), "better than its base", "better"),
         (((15, LOST), (5, SAME)), "worse", "worse"),
-        (((2, WON), (2, LOST), (16, SAME)), "indistinguishable", "indistinguishable"),
-        (((20, SAME),), "indistinguishable", "indistinguishable"),
-        (((4, WON),), None, "indistinguishable"),
+        (((2, WON), (2, LOST), (16, SAME)), "cannot tell", "indistinguishable"),
+        (((20, SAME),), "learned nothing", "indistinguishable"),
+        (((4, WON),), "cannot tell", "indistinguishable"),
     ],
 )
-def test_verdicts_follow_the_statistics(kinds: Any, loss: str | None, match: str) -> None:
-    """Reported numbers match the statistics functions. Fewer than five rows give no verdict."""
+def test_verdicts_follow_the_statistics(kinds: Any, verdict: str, match: str) -> None:
+    """Reported numbers match the statistics functions. Fewer than five rows tell nothing."""
     found = comparison.compare_rows(rows(*kinds))
-    assert (found.verdict, found.metric, found.differences["exact_match"].verdict) == (loss, "loss", match)
+    assert (found.verdict, found.metric, found.differences["exact_match"].verdict) == (verdict, "loss", match)
     won, lost = (sum(count for count, kind in kinds if kind is one) for one in (WON, LOST))
     count = len(found.rows)
     one = found.differences["exact_match"]
@@ -116,10 +116,12 @@ def test_verdicts_follow_the_statistics(kinds: Any, loss: str | None, match: str
     assert one.interval == statistics.share_difference_interval(lost, won, count)
     assert found.scores["base"].intervals["exact_match"] == statistics.wilson(count - won, count)
     assert (
-        (found.differences["rouge_l"].interval is None) == (loss is None) == any("too few" in x for x in found.remarks)
+        (found.differences["rouge_l"].interval is None)
+        == (len(found.rows) < 5)
+        == any("too few" in line for line in found.remarks)
     )
-    assert wording.verdict(found) and json.loads(json.dumps(found.to_dict(), allow_nan=False))["verdict"] == loss
-    assert comparison.compare_rows(found.rows, "exact_match").verdict == match
+    assert wording.verdict(found) and json.loads(json.dumps(found.to_dict(), allow_nan=False))["verdict"] == verdict
+    assert comparison.compare_rows(found.rows, "exact_match").verdict == verdict
 
 
 def labelled(*labels: tuple[str | None, int]) -> list[ComparedRow]:
@@ -174,15 +176,18 @@ def test_majority_answer_counts_for_labels_that_are_its_prefixes() -> None:
         ([("a", 30), ("b", 20)], "loss", True),  # always `a`, like the adapter
         ([("a", 30), ("b", 20)], "exact_match", True),
         ([("a", 20), ("b", 30)], "loss", True),  # and worse than always answering `b`
-        ([("a", 50)], "loss", False),
+        ([("a", 50)], "loss", True),
     ],
 )
 def test_adapter_no_better_than_the_majority_answer_is_reported(labels: Any, metric: str, is_told: bool) -> None:
     """Even though its loss and its matches are better than those of the base."""
     found = labelled(*labels)
     evaluation = comparison.compare_rows(found, metric, majority=majority_answers(found, Judging()))
-    assert evaluation.verdict == "better"
-    assert ("not significantly above" in wording.majority(evaluation)) == is_told
+    assert evaluation.verdict == "better than its base"
+    constant = max(labels, key=lambda one: one[1])
+    told = f'not better than always "{constant[0]}": '
+    assert wording.verdict(evaluation).startswith(told) == is_told
+    assert wording.verdict(evaluation).endswith(f", {constant[1]} would be by guessing so") == is_told
     table = wording.scores_table(evaluation)[1]
     assert [line[3] for line in table[:2]] == ["-", "-"] and table[2][3].startswith(
         f"{max(n for _, n in labels) / 0.5:.0f}"
@@ -198,7 +203,10 @@ def test_adapter_better_than_the_majority_answer() -> None:
     all_right = {"exact_match": 1.0, "label_accuracy": 1.0}
     found = [replace(one, answers=one.answers | {"adapter": ModelAnswer(1.0, "", all_right)}) for one in found]
     evaluation = comparison.compare_rows(found, majority=majority_answers(found, Judging()))
-    assert not wording.majority(evaluation) and evaluation.paired["majority"]["exact_match"].verdict == "better"
+    assert evaluation.verdict == "beats base and majority"
+    assert wording.verdict(evaluation) == (
+        'beats its base and always "a": 50 of 50 held-out answers right (95 %: 93 to 100; base 0 %, majority 60 %)'
+    )
 
 
 def test_rows_needed_is_given_for_inconclusive_differences() -> None:
@@ -261,7 +269,7 @@ def test_non_finite_losses() -> None:
     """For the base, they are reported and null in the JSON. For the adapter, they are an error."""
     good = rows((10, WON))
     found = comparison.compare_rows([*good, row(10, (math.inf, 0.0), (1.0, 1.0))])
-    assert (found.verdict, found.differences["exact_match"].verdict) == (None, "better")
+    assert (found.verdict, found.differences["exact_match"].verdict) == ("better than its base", "better")
     assert any("rows.jsonl:10" in line for line in found.remarks)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["base"]["loss"] is None and values["difference"]["loss"]["value"] is None
@@ -273,7 +281,7 @@ def test_non_finite_losses() -> None:
 
 def test_infinite_perplexity_is_null_in_json() -> None:
     found = comparison.compare_rows([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
-    assert found.scores["base"].metrics["perplexity"] == math.inf and found.verdict == "better"
+    assert found.scores["base"].metrics["perplexity"] == math.inf and found.verdict == "better than its base"
     assert found.to_dict()["base"]["perplexity"] is None
     json.dumps(found.to_dict(), allow_nan=False)
 

@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) -> 
     assert ran.code == 0, ran.err
     changes = ("lora.r=4", "lora.target_modules=all-linear", f"output_dir={folder / 'two'}")
     second = cli("train", config, *(word for one in changes for word in ("--set", one)))
-    assert second.code == 0 and 0 <= second.out.index("done\n") < second.out.index(". loss, o held-out by step")
+    assert second.code == 0 and 0 <= second.out.index("  saved ") < second.out.index(". loss, o held-out by step")
     return folder, json.loads(ran.out)
 
 

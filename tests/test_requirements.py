@@ -335,7 +335,7 @@ def test_failed_requirements_exit_with_11(place: Path, cli: Callable[..., Ran], 
         assert values == json.loads(plain.out)
     else:
         lines = [line.split(maxsplit=1) for line in ran.out.splitlines()]
-        assert lines[:-3] == [line.split(maxsplit=1) for line in plain.out.splitlines()]
+        assert lines[:-3] == [*(line.split(maxsplit=1) for line in plain.out.splitlines()), ["result"]]
         ends = ["exact_match>=0.9: not met", "loss<base: met", "loss<0.01: not met"]
         assert lines[-3:] == [["required", text] for text in ends]
 

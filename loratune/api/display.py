@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -68,10 +69,10 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     lines += [("try", " · ".join(found.advice))] if found.advice else []
     lines += [("kept", _kept(found, f"{program} evaluate --adapter {adapter} --data ROWS --forgetting builtin"))]
     lines += [("sample", _sample(one, texts=found.answers is None)) for one in found.samples]
-    lines += [line for line in found.held_out if line[0] not in ("held-out", "stopped early")]
+    lines += [line for line in found.held_out if line[0] != "held-out"]
     alone = "; it holds the adapter that it started from" if found.forgetting is not None else ""
-    duration = format_duration(found.seconds)
-    lines += [("saved", f"{directory.output}, {format_size(found.adapter_bytes)}, {duration}{alone}")]
+    duration = f"{found.tokens:,} tokens in {found.steps:,} steps, {format_duration(found.seconds)}"
+    lines += [("saved", f"{directory.output}, {format_size(found.adapter_bytes)}; {duration}{alone}")]
     prompt = example_prompt(result.run.rows.train) if result.run.rows else ""
     lines += [("try it", f"{program} generate --adapter {adapter} {prompt}")]
     lines += [("test it", f"{program} evaluate --adapter {adapter} --data FILE, with rows that it has not seen")]
@@ -85,10 +86,11 @@ def mark(verdict: str | None, answers: "Answers | None") -> str:
     if verdict in (None, "cannot tell", "indistinguishable"):
         return "?"
     is_good = verdict in (*GOOD, "better") and not lost_to_majority(answers)
-    try:
-        "✓✗".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return "yes:" if is_good else "no:"
+    with suppress(LookupError):  # a stream of a Python program may have no encoding
+        try:
+            "✓✗".encode(sys.stdout.encoding or "ascii")
+        except UnicodeEncodeError:
+            return "yes:" if is_good else "no:"
     return "✓" if is_good else "✗"
 
 

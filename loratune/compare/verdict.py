@@ -150,7 +150,7 @@ def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
     if not math.isfinite(gain.better_by):
         return f"{name}: not all losses on {gain.sampled_rows()} are finite"
     by_loss = f"{likelier(gain)}, on {_rows(gain)}"
-    if answers is None:
+    if answers is None or (name == "worse" and answers.over_base.verdict != "worse"):
         found = by_loss
     elif name == "better than its base" and answers.over_base.verdict != "better":
         found = f"{by_loss}, but {right(answers, gain)}"
