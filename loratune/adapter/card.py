@@ -127,7 +127,7 @@ A LoRA adapter for {base_name}, trained with loratune {__version__}.
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(lines.formats)})
 {objective_line}- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-{held_out_lines}- **Verdict:** {lines.verdict}
+{held_out_lines}- **Verdict:** {markdown(lines.verdict)}
 - **Gain:** {lines.gain}
 - **Unrelated text:** {lines.unrelated}
 - **Base's answers:** {lines.behavior}

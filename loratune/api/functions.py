@@ -115,7 +115,7 @@ def train(
         resume: Continue an interrupted run from its last checkpoint; or a sequence of keys whose values may have
             changed since.
         overwrite: Replace the adapter at `output_dir`, or an unfinished run.
-        allow_worse: Publish the adapter even if it is worse than its base.
+        allow_worse: Publish the adapter even if it is worse than its base, or learned nothing.
         rows: Split → rows in memory, instead of the sources in the config: each a list of dicts, a `datasets.Dataset`
             or a pandas DataFrame.
         config_file: The file of the config, which is then kept when an old adapter is replaced.
@@ -128,7 +128,7 @@ def train(
 
     Raises:
         ConfigError, ModelError, DataError: The config, the base or the rows cannot be used.
-        NumericError: A value is not finite, the weights did not change, or the adapter is worse than its base.
+        NumericError: A value is not finite, the adapter is worse than its base, or learned nothing.
         ResumeError: The checkpoint is missing, or belongs to another run.
         LockedError: Another run uses the output directory, or this process trains already.
         ResourceError: Memory or disk ran out.

@@ -38,7 +38,8 @@ def train(
         bool, typer.Option("--overwrite", help="Replace the adapter at output_dir, or an unfinished run.")
     ] = False,
     allow_worse: Annotated[
-        bool, typer.Option("--allow-worse", help="Write the adapter even if it is worse than its base.")
+        bool,
+        typer.Option("--allow-worse", help="Write the adapter even if it is worse than its base, or learned nothing."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be trained.")] = False,
     rows: Annotated[

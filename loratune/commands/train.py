@@ -50,7 +50,7 @@ def train(
     Args:
         run: The run, with its config, rows and output directory checked.
         group: The processes of the run.
-        allow_worse: Publish the adapter even if it is worse than its base.
+        allow_worse: Publish the adapter even if it is worse than its base, or learned nothing.
         began: The start of `training.max_minutes`, by `time.monotonic`; by default now.
 
     Returns:
@@ -59,7 +59,7 @@ def train(
     Raises:
         ConfigError: The time budget is too short for a few steps.
         ModelError, DataError: The base, the tokenizer or the rows cannot be used.
-        NumericError: A value is not finite, the weights did not change, or the adapter is worse than its base.
+        NumericError: A value is not finite, the adapter is worse than its base, or learned nothing.
         ResumeError: The checkpoint does not belong to this run.
         LockedError: Another run uses the output directory.
         ResourceError: Memory or disk ran out.

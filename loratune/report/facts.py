@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from loratune.compare.behavior import Sample
 from loratune.compare.gain import Gain
+from loratune.compare.verdict import GOOD, Name
 from loratune.text import format_duration, short_size
 
 _LARGEST, _LARGEST_COUNT = 1e100, 10**15
@@ -102,6 +103,7 @@ class RunRecord(BaseModel):
         curve: The reports of the trainer: their `step` and other numbers.
         metrics: Every number of the result by its name; those of a group within it as `group name`.
         intervals: `held_out_interval`, `test interval` → the ends of the 95 % interval.
+        verdict: The verdict on the adapter.
         gain: How base and adapter compared.
         behavior: How the base's own answers have changed.
         splits: Split → its row counts.
@@ -119,6 +121,7 @@ class RunRecord(BaseModel):
     curve: list[dict[str, int | float]] = []
     metrics: dict[str, int | float] = {}
     intervals: dict[str, tuple[float, float]] = {}
+    verdict: Name | None = None
     gain: Gain | None = None
     behavior: RecordedBehavior | None = None
     splits: Annotated[dict[str, RecordedSplit], Field(max_length=_MOST_SPLITS)] = {}
@@ -158,7 +161,9 @@ def read(record: Mapping[str, Any]) -> RunRecord:
     """Read a record. Never raises: see `RunRecord`."""
     metrics, machine = (value if isinstance(value := record.get(key), dict) else {} for key in ("metrics", "machine"))
     curve = record.get("curve")
-    leaves = dict(_leaves({name: value for name, value in metrics.items() if name not in ("gain", "behavior")}))
+    leaves = dict(
+        _leaves({name: value for name, value in metrics.items() if name not in ("verdict", "gain", "behavior")})
+    )
     pairs = {name: value for name, value in leaves.items() if isinstance(value, list) and len(value) == 2}
     parts = {
         "curve": [point for entry in curve if (point := _point(entry))] if isinstance(curve, list) else [],
@@ -166,6 +171,7 @@ def read(record: Mapping[str, Any]) -> RunRecord:
         "intervals": {
             name: value for name, value in pairs.items() if name.endswith("interval") and all(map(_is_number, value))
         },
+        "verdict": metrics.get("verdict"),
         "gain": metrics.get("gain"),
         "behavior": metrics.get("behavior"),
         "machine": {name: str(value) for name, value in machine.items() if isinstance(value, str | int)},
@@ -245,9 +251,10 @@ def _gain(record: RunRecord) -> Tile:
     if gain is None:
         return _tile("gain over the base", None)
     interval = "" if gain.low is None or gain.high is None else f"95 % {gain.low:.3f} to {gain.high:.3f} "
-    verdict = "" if gain.verdict == "gain" else f"{gain.verdict}: "
+    verdict = f"{record.verdict}; " if record.verdict else "" if gain.verdict == "gain" else f"{gain.verdict}: "
     note = f"{verdict}{interval}on {gain.rows:,} of {gain.total:,} {gain.split} {record.item}s"
-    tone: Literal["", "good", "bad"] = "good" if gain.verdict == "gain" else "bad" if gain.verdict == "worse" else ""
+    is_good = record.verdict in GOOD if record.verdict else gain.verdict == "gain"
+    tone: Literal["", "good", "bad"] = "good" if is_good else "bad" if gain.verdict == "worse" else ""
     return Tile(f"gain{_per(record) or ', nats a token'}", f"{gain.better_by:+.3f}", note, tone)
 
 
