@@ -14,6 +14,7 @@ import numpy as np
 
 from loratune.codes import Code
 from loratune.compare import behavior, collapse, gain
+from loratune.compare.base_results import BaseResults
 from loratune.compare.behavior import Behavior
 from loratune.compare.engine import SFT
 from loratune.compare.gain import FinalScore, Forgetting, Gain
@@ -30,7 +31,7 @@ from loratune.text import plural
 from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.store import BestRecord
 from loratune.training.plan import Plan
-from loratune.training.reference import answering
+from loratune.training.reference import base_results
 from loratune.training.scale import AdapterScale
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
@@ -238,11 +239,10 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         NumericError: The loss on the test rows is NaN or inf.
     """
     unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
-    forgetting = _forgotten(plan, trained)
+    forgetting, base = _forgotten(plan, trained), base_results(plan, trained.weights)
     if text is not None:
-        base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
-        unrelated = gain.forgetting(plan.batches.engine, base, text, unrelated_kinds())
-    changed = _measure_behavior(plan, trained)
+        unrelated = gain.forgetting(base, text, unrelated_kinds())
+    changed = _measure_behavior(plan, base)
     for remark in filter(None, (unrelated.remark, changed.remark)):
         note(remark)
     test = None
@@ -262,17 +262,13 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     )
 
 
-def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
+def _measure_behavior(plan: Plan, base: BaseResults) -> Behavior:
     """How the base's own answers have changed. Errors do not fail the run; only the main process measures, unless all
     take part in each forward pass."""
     if not plan.group.main and not launcher.sharding():
         return Behavior(unknown="measured by the main process")
-    answer, identity = answering(plan)
-    base = partial(tensors.as_initialized, plan.model, plan.adapter_init, trained.weights)
     try:
-        return behavior.measure(
-            plan.model, plan.batches.engine, plan.datasets.renderer, base, answer, identity=identity
-        )
+        return behavior.measure(base, plan.datasets.renderer)
     except (DataError, ModelError) as error:
         return Behavior(unknown=error.problems[0].what)
 
