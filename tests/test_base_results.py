@@ -103,8 +103,11 @@ def test_a_base_up_to_rounding_is_another_one(
     assert computed == ([BASE_SCORES, f"{BASE_WRITES} 24"] if init == "pissa" else [])
 
 
-def results(dtype: torch.dtype = torch.float32, fingerprint: str = "2:a", **changes: Any) -> BaseResults:
-    model = get_peft_model(tiny_llama(**changes).to(dtype), LoraConfig(r=2, target_modules=["q_proj"]))
+def results(
+    dtype: torch.dtype = torch.float32, fingerprint: str = "2:a", *, dora: bool = False, **changes: Any
+) -> BaseResults:
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=dora)
+    model = get_peft_model(tiny_llama(**changes).to(dtype), lora)
     engine = Engine(model, DataSection(train="none"), 0, kernels.accelerate(model, attach.adapted_linear))
     return BaseResults.of(engine, nullcontext, fingerprint)
 
@@ -124,6 +127,7 @@ def test_results_are_those_of_one_base_on_one_machine(cache: Path, monkeypatch: 
     assert asked(results(), "y")
     assert asked(results(torch.bfloat16)) and asked(results(fingerprint="3:a"))
     assert asked(results(attn_implementation="eager"))
+    assert asked(results(dora=True))  # no kernel computes its layers of attention
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 7)
         assert asked(results()) and not asked(results())

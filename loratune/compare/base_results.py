@@ -70,10 +70,12 @@ class BaseResults:
     @classmethod
     def of(cls, engine: Engine, alone: Base, fingerprint: str, group: Group = SINGLE_PROCESS) -> "BaseResults":
         """The results of the base with a fingerprint; if that is empty, they are not kept."""
+        with engine.acceleration.applied(engine.model) as layers:  # fewer for DoRA, for example
+            accelerated = [attn_implementation(engine.model), *layers]
         identity = {
             "base": fingerprint, "conditions": conditions(engine.model, engine.acceleration.fallbacks),
             "source": source_digest(), "computed by": engine.computed_by, "writes padded": engine.writes_padded,
-            "attention": attn_implementation(engine.model),
+            "attention": attn_implementation(engine.model), "accelerated": accelerated,
         }  # fmt: skip
         return cls(engine, alone, identity if fingerprint else None, group)
 
