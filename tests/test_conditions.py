@@ -12,8 +12,8 @@ from conftest import Ran, check_refused, config_in, is_problem
 from running import WEIGHTS, checkpoints, copy_of, stopped
 
 from loratune.codes import Code
+from loratune.compare.base_results import COMPUTING_PACKAGES
 from loratune.training.checkpoints.store import seal
-from loratune.training.plan import COMPUTING_PACKAGES
 
 Edit = Callable[[dict[str, Any]], Any]
 

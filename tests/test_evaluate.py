@@ -381,8 +381,8 @@ def test_forgetting_is_measured_on_unrelated_text(
     found = json.loads(ran.out)["forgetting"]
     assert found["low"] < found["value"] < found["high"]
     assert "cut to" not in ran.err
-    ran = cli(*evaluate, "builtin", "--set", "data.max_length=64")
-    assert "unrelated text: the passages are cut to 64 tokens\n" in ran.err and "are lost" not in ran.err
+    ran = cli(*evaluate, "builtin", "--set", "data.max_length=40")
+    assert "unrelated text: the passages are cut to 40 tokens\n" in ran.err and "are lost" not in ran.err
     (tmp_path / "empty.txt").write_text("\n")
     check_refused(cli(*evaluate, tmp_path / "empty.txt"), 4, (Code.DATA_EMPTY, str(tmp_path / "empty.txt"), ""))
     check_refused(cli(*evaluate, tmp_path / "no.txt"), 4, (Code.DATA_NOT_FOUND, str(tmp_path / "no.txt"), ""))

@@ -23,6 +23,7 @@ from loratune.compare.answers import (
     items_of,
     majority_answers,
 )
+from loratune.compare.base_results import BaseResults
 from loratune.compare.behavior import Behavior
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
@@ -117,7 +118,7 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}
     found[ADAPTER] = rows.answers(ADAPTER, first, engine)
-    facts: dict[str, Any] = _forgetting(subject, engine, forgetting, remarks) if forgetting else {}
+    facts: dict[str, Any] = _forgetting(first, engine, forgetting, remarks) if forgetting else {}
     facts |= {
         "computed_by": engine.computed_by,
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
@@ -283,11 +284,11 @@ def _rendering_remarks(
         )
 
 
-def _forgetting(subject: EvaluatedAdapter, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
+def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
     """The attributes of `Comparison` on what the adapter has forgotten: `forgetting`, by kind too, and `behavior`.
 
     Args:
-        subject: The adapter on its base.
+        loaded: The adapter on its base.
         engine: Computes its losses.
         text: The text, which is cut to the model's context.
         remarks: Receives lines about the rows.
@@ -295,31 +296,28 @@ def _forgetting(subject: EvaluatedAdapter, engine: Engine, text: UnrelatedText, 
     Raises:
         NumericError: The loss of the adapter is not finite.
     """
-    split, loaded = text.split, subject.loaded
+    split = text.split
     context = load.context_length(loaded.model.config)
-    longest = min(split.section.max_length, context or split.section.max_length)
+    most = min(split.section.max_length, data.UNRELATED_TOKENS if text.kinds else split.section.max_length)
+    longest = min(most, context or most)
     section = split.section.model_copy(update={"max_length": longest})
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
     lines = dataset.report.losses()
-    if text.kinds and dataset.report.truncated:  # the passages of loratune may be cut: nothing is lost
-        lines = [f"the passages are cut to {longest} tokens"]
+    if text.kinds:  # the passages of loratune may be cut: nothing is lost
+        lines = [f"the passages are cut to {longest} tokens"] if longest < data.UNRELATED_TOKENS else []
     remarks += [f"unrelated text: {line}" for line in lines]
     rows = distinct_rows(loaded, dataset)
     copies = items_of(rows)
     loaded.activate()
-    with loaded.without_adapter():
-        before = subject.once("text", lambda: engine.losses(dataset, copies))
-    after = engine.losses(dataset, copies)
+    base = BaseResults.of(engine, loaded.without_adapter, loaded.fingerprint)
+    before, after = base.losses(dataset, copies), engine.losses(dataset, copies)
     not_finite(rows, after.nats, ADAPTER)
     if what := not_finite(rows, before.nats, BASE):
         remarks.append(f"unrelated text: {what}, so it is not known what is forgotten")
     places = {row.number: place for place, row in enumerate(rows)}
     by_kind = {kind: [places[number] for number in own if number in places] for kind, own in text.kinds.items()}
     try:
-        changed = behavior.measure(
-            loaded.model, engine, loaded.renderer, loaded.without_adapter,
-            lambda given: loaded.complete(given, behavior.ANSWER_TOKENS), once=subject.once,
-        )  # fmt: skip
+        changed = behavior.measure(base, loaded.renderer)
     except (DataError, ModelError) as error:
         changed = Behavior(unknown=error.problems[0].what)
     found = {kind: compare(before.take(own), after.take(own)) for kind, own in by_kind.items() if own}

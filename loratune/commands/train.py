@@ -39,7 +39,7 @@ _CONDITIONS = {
     "processor": "the processor", "device": "the device", "threads": "the number of threads",
     "compiled_code": "the compiled CPU code",
 }  # fmt: skip
-"""Key of loratune.json → its name in `plan.conditions`."""
+"""Key of loratune.json → its name in `conditions`."""
 
 
 def train(
@@ -96,7 +96,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         reference.compute(plan, plan.batches.objective, stop)
         plan = reference.write_texts(plan)
         if is_timed:
-            reference.answer_as_base(plan)
+            reference.compute_base(plan)
         with _ready_to_train(plan):
             scarce = _is_memory_scarce(plan)
             if is_timed:

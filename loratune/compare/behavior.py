@@ -5,12 +5,9 @@ base and adapter are compared: their Kullback-Leibler divergence, over the whole
 choose the same token. An adapter that has learned a task and nothing else has a divergence near 0 here.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,8 @@ from loratune import data, kernels
 from loratune.adapter import padding
 from loratune.adapter.padding import NO_STOP, pad_left
 from loratune.codes import Code
+from loratune.compare.base_results import Base, BaseResults, Numbers
 from loratune.compare.engine import Engine, ScoringLayout
-from loratune.data import token_cache
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import Advance, counting, progress
@@ -138,41 +135,20 @@ class Behavior:
         return values | {"samples": [vars(sample) for sample in self.samples]}
 
 
-Answer = Callable[[Sequence[Ids]], Sequence[Ids]]
-"""Returns the most probable answers of a model to prompts, of at most `ANSWER_TOKENS` tokens each."""
-Once = Callable[[str, Callable[[], Any]], Any]
-"""Computes a value, or returns what it was under its name before."""
-Base = Callable[[], AbstractContextManager[None]]
-"""Returns a context in which a model computes as its base."""
-
-
-def measure(
-    model: Any, engine: Engine, renderer: Renderer, base: Base, answer: Answer, *,
-    identity: Mapping[str, Any] | None = None, once: Once | None = None,
-) -> Behavior:  # fmt: skip
-    """Compare an adapter with its base on the base's answers.
-
-    Args:
-        model: A `PeftModel`, whose adapter is active.
-        engine: Computes its logits.
-        renderer: Renders the instructions.
-        base: See `Base`.
-        answer: Answers as the model does: as the adapter, and within `base` as the base.
-        identity: What defines the base, as plain values, to keep its answers in the cache; None to keep none.
-        once: Keeps the base's answers by a name, for further adapters of the same base.
+def measure(base: BaseResults, renderer: Renderer) -> Behavior:
+    """Compare the active adapter of a model with its base on the base's answers. renderer: renders the instructions.
 
     Raises:
         DataError, ModelError: As `prompts`; the base answers nothing.
     """
-    instructions, given = prompts(renderer, context_length(model.config))
+    instructions, given = prompts(renderer, context_length(base.engine.model.config))
     with progress("comparing the adapter with its base on everyday instructions"):
-        compute = partial(base_answers, given, base, answer, identity)
-        answers = once("answers", compute) if once else compute()
+        answers = base_answers(base, given, renderer.end_ids)
         texts = [(ids, new) for ids, new in zip(given, answers, strict=True) if not {*new} <= {*renderer.end_ids}]
         if not texts:
             raise ModelError(Problem(Code.MODEL_UNSUPPORTED, "the base answers nothing but its end token"))
-        found = compare_tokens(model, engine, base, texts)
-        own = answer(given[:SHOWN])
+        found = compare_tokens(base.engine.model, base.engine, base.alone, texts)
+        own = _answers(base.engine, given[:SHOWN], renderer.end_ids)
     pairs = zip(instructions[:SHOWN], answers, own, strict=False)
     return Behavior.of(*found, [Sample(text, *(_text(renderer, ids) for ids in both)) for text, *both in pairs])
 
@@ -182,18 +158,20 @@ def _text(renderer: Renderer, ids: Ids) -> str:
     return text.strip()
 
 
-def base_answers(given: Sequence[Ids], base: Base, answer: Answer, identity: Mapping[str, Any] | None) -> list[Ids]:
-    """The answers of the base to prompts, from the cache if they are in it. Arguments as for `measure`."""
-    parts = ["answers", identity, ANSWER_TOKENS, [[*ids] for ids in given]]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    if identity is not None and (known := token_cache.load_values(key)) is not None:
-        lengths, ids = np.split(known.astype(np.int64), [len(given)])
-        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
-    with base():
-        found = [[*ids] for ids in answer(given)]
-    if identity is not None:
-        token_cache.store_values(key, np.array([*map(len, found), *(id for ids in found for id in ids)], np.float64))
-    return [*found]
+def _answers(engine: Engine, given: Sequence[Ids], end_ids: Sequence[int]) -> list[list[int]]:
+    return [*write(engine.model, engine, given, ANSWER_TOKENS, end_ids=end_ids)]
+
+
+def base_answers(base: BaseResults, given: Sequence[Ids], end_ids: Sequence[int]) -> list[Ids]:
+    """The most probable answers of a base to prompts, of at most `ANSWER_TOKENS` tokens each."""
+
+    def compute() -> Numbers:
+        found = _answers(base.engine, given, end_ids)
+        return np.array([*map(len, found), *(id for ids in found for id in ids)], np.float64)
+
+    about = ["answers", ANSWER_TOKENS, _WRITTEN_AT_ONCE, [*end_ids], [[*ids] for ids in given]]
+    lengths, ids = np.split(base.once(about, compute).astype(np.int64), [len(given)])
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
 def prompts(renderer: Renderer, context: int | None) -> tuple[list[str], list[Ids]]:

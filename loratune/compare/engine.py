@@ -316,7 +316,9 @@ class Engine:
     """Computes the losses of a model with an adapter, and of its base.
 
     Attributes:
+        model: A `PeftModel`, see `__init__`.
         acceleration: The layers that kernels compute.
+        group: The processes, among which the rows are divided.
         flat: Whether rows are packed.
         padded: Whether rows can be padded, if they are not packed; if False, each row is a batch by itself.
         writes_padded: Whether prompts that the model continues can be padded in a batch.
@@ -340,8 +342,8 @@ class Engine:
             trees: The same for rows that share prefixes.
             group: The processes, among which the rows are divided.
         """
-        self._model, self._section, self.pad_id = model, section, pad_id
-        self.acceleration, self._group = acceleration, group
+        self.model, self._section, self.pad_id = model, section, pad_id
+        self.acceleration, self.group = acceleration, group
         self._trees = False if section.share_prefixes is False else trees
         with self.acceleration.applied(model):
             self.flat = section.packing != "none" and kernels.attends_by_rows(model)
@@ -360,8 +362,8 @@ class Engine:
         """The losses of some rows, pairs or answers of a dataset. before_batch: see `BeforeBatch`. Other args as for
         `plan`."""
         planned = self.plan(dataset, copies, objective)
-        with self.acceleration.applied(self._model):
-            return objective.score(self._model, planned, before_batch, self._group)
+        with self.acceleration.applied(self.model):
+            return objective.score(self.model, planned, before_batch, self.group)
 
     def plan(self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT) -> ScoringPass:
         """A pass over some items of a dataset. Prefixes are shared if that saves enough. copies: see `ScoringPass`.
@@ -371,7 +373,7 @@ class Engine:
         layout = scoring.layout(items, dataset.rows.lengths, rows_per_example)
         saved = _saving(layout, [*copies]) if self.flat and self._trees is not False else 0.0
         if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
-            scoring = replace(scoring, saved=saved, limits=kernels.length_limits(self._model.config))
+            scoring = replace(scoring, saved=saved, limits=kernels.length_limits(self.model.config))
             layout = layout.sharing(saved, scoring.limits)
         owners = dataset.rows.owners
         return replace(scoring.plan(layout, copies), owners=None if owners is None else owners[[*copies]])
@@ -380,9 +382,9 @@ class Engine:
         if self._trees is None and "loss" in self.acceleration.fallbacks:
             self._trees = False
         elif self._trees is None:
-            is_applied = isinstance(self._model.get_output_embeddings(), kernels.LossHead)
-            with nullcontext() if is_applied else self.acceleration.applied(self._model):
-                self._trees = self.acceleration.tree_refusal(self._model) is None
+            is_applied = isinstance(self.model.get_output_embeddings(), kernels.LossHead)
+            with nullcontext() if is_applied else self.acceleration.applied(self.model):
+                self._trees = self.acceleration.tree_refusal(self.model) is None
         return self._trees
 
     @property
@@ -391,7 +393,7 @@ class Engine:
         depend on the rows."""
         layers = "accelerated" if self.acceleration.steps else "stock"
         batches = "packed" if self.flat else "padded" if self.padded else "one by one"
-        return {"dtype": str(self._model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
+        return {"dtype": str(self.model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
 
 
 def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:

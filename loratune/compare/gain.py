@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loratune.codes import Code
+from loratune.compare.base_results import BaseResults
 from loratune.compare.engine import SFT, Engine, Objective
 from loratune.compare.metrics import RowLosses, compare
 from loratune.data import TokenizedDataset
@@ -320,21 +321,16 @@ def measure(
     )  # fmt: skip
 
 
-def forgetting(
-    engine: Engine, base: AbstractContextManager[None], text: TokenizedDataset, kinds: Mapping[str, Sequence[int]]
-) -> Forgetting:
+def forgetting(base: BaseResults, text: TokenizedDataset, kinds: Mapping[str, Sequence[int]]) -> Forgetting:
     """Compare a trained adapter with its base on unrelated text.
 
     Args:
-        engine: As for `measure`.
-        base: As `other` for `measure`.
+        base: The results of the base.
         text: The passages.
         kinds: Kind of passages → numbers of their rows, in any order.
     """
     numbers = dict.fromkeys(range(text.items), 1)
-    after = engine.losses(text, numbers)
-    with base:
-        before = engine.losses(text, numbers)
+    before, after = base.losses(text, numbers), base.engine.losses(text, numbers)
 
     def compared(kept: Sequence[int]) -> Gain:
         return Gain.of(before.take(kept), after.take(kept), "unrelated", total=len(kept))

@@ -38,6 +38,8 @@ __all__ = [
 
 UNRELATED_TEXT = Path(__file__).parent / "general.jsonl"
 """Passages written for loratune, under its licence: prose, dialogue, code, French and German; `kind` says which."""
+UNRELATED_TOKENS = 64
+"""The most tokens of a passage that are read."""
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class Acceleration:
             yield f"not accelerated, but computed by PyTorch: {kinds}: {reason}"
 
     @contextmanager
-    def applied(self, model: Any) -> Iterator[None]:
-        """Inside, the layers are accelerated; they are not checked again.
+    def applied(self, model: Any) -> Iterator[list[str]]:
+        """Inside, the layers are accelerated; they are not checked again. Yields the paths of those that are replaced.
 
         model: the model passed to `accelerate`; its adapter may be disabled. Batches must have no cache, and no padding
         except on the right.
@@ -84,7 +84,7 @@ class Acceleration:
         with _restored(model.get_base_model()) as (base, replaced):
             for step in self.steps:
                 replaced += step(base)
-            yield
+            yield [path for path, _ in replaced]
 
     def tree_refusal(self, model: Any) -> str | None:
         """See the function of this name."""

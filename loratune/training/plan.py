@@ -1,19 +1,16 @@
 """The plan of a run: everything before its first step. `train --dry-run` shows it, and `train` executes it."""
 
 import hashlib
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from loratune import kernels, memory
+from loratune import memory
 from loratune.codes import Code
 from loratune.compare import behavior, preferences
+from loratune.compare.base_results import conditions
 from loratune.config import AUTO, LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem, ResumeError
@@ -26,7 +23,7 @@ from loratune.lora.targets import Targets
 from loratune.lora.tensors import AdapterInit
 from loratune.model import fingerprints, load, stored
 from loratune.model.load import Base
-from loratune.system import accelerator, environment, launcher, release
+from loratune.system import accelerator, environment, launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
 from loratune.training import auto, batching, comparisons
@@ -39,8 +36,6 @@ from loratune.training.preflight import Run
 from loratune.training.retention import Retention
 from loratune.training.rows import TokenizedDatasets, tokenize
 
-COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""The packages that affect computations. Others only read data, which has fingerprints."""
 _SIDES = {CHOSEN: ", chosen", REJECTED: ", rejected", DESIRABLE: ", desirable", UNDESIRABLE: ", undesirable"}
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
@@ -366,27 +361,6 @@ def _record(
     point.check_same(record, base.fingerprint)
     changes = [*point.record.changes, *point.changes, *point.record.changed_conditions(computed_with, point.step)]
     return record.model_copy(update={"changes": changes})
-
-
-def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, str]:
-    """The software and hardware that a run is computed with. Any of it may change the last bits of a result.
-
-    Args:
-        model: The model on the device on which it is trained.
-        fallbacks: The kinds of layers that are not accelerated, see `kernels.Acceleration`.
-
-    Returns:
-        Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
-    """
-    on_gpu = model.device.type in accelerator.USED
-    return {
-        **release.versions(COMPUTING_PACKAGES),
-        "the processor": environment.processor_name() or platform.processor() or platform.machine(),
-        "the device": accelerator.name(model.device) if on_gpu else model.device.type,
-        "the number of threads": str(torch.get_num_threads()),
-        "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
-        "what PyTorch computes instead of fast code": ", ".join(fallbacks) or "nothing",
-    }
 
 
 def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:

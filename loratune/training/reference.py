@@ -2,41 +2,47 @@
 the reference log-probabilities of preferences. Both are read from the cache if possible."""
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from loratune.compare import behavior
+from loratune.compare.base_results import BaseResults, Numbers
 from loratune.compare.engine import Objective, nothing
 from loratune.compare.preferences import PreferenceObjective, order_note, set_reference
-from loratune.data import token_cache
 from loratune.errors import DataError, ModelError
 from loratune.events import note, progress
 from loratune.lora import tensors
+from loratune.lora.tensors import Weights
+from loratune.model import fingerprints
 from loratune.model.load import context_length
 from loratune.system import launcher
+from loratune.system.launcher import SINGLE_PROCESS
 from loratune.text import plural
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
 
 
-def _before_training(plan: Plan) -> tuple[dict[str, Any], Callable[[], AbstractContextManager[None]]]:
-    """What decides what the model computes before its first step, as plain values; and a context in which it does."""
-    start = plan.run.start.digest if plan.run.start else ""
-    starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"
-    identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
-    identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
-    identity |= {"seed": plan.config.training.seed, "shares": plan.config.data.share_prefixes}
-    identity |= {"flat": plan.batches.engine.flat, "padded": plan.batches.engine.writes_padded}
-    if starts_elsewhere:  # it is the model with the adapter that it starts from
-        return identity, nullcontext
-    weights = tensors.full_weights(plan.model)
-    return identity, partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
+def base_results(plan: Plan, weights: Weights) -> BaseResults:
+    """The results of the base of a run. weights: those of the adapter, see `tensors.full_weights`."""
+    alone = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
+    group = plan.group if launcher.sharding() else SINGLE_PROCESS
+    found, digest = BaseResults.of(plan.batches.engine, alone, plan.base.fingerprint, group), hashlib.sha256()
+    if not plan.adapter_init.to_plain_lora:
+        return found
+    for name, tensor in plan.adapter_init.tensors.items():  # with it the model is the base up to rounding only
+        digest.update(name.encode() + fingerprints.block_sums(tensor, rounded=False))
+    return replace(found, identity={**(found.identity or {}), "rounded by": digest.hexdigest()})
+
+
+def _before_training(plan: Plan) -> BaseResults:
+    """The results of the model before its first step: its base, or the base with the adapter that it starts from."""
+    found, config = base_results(plan, tensors.full_weights(plan.model)), plan.config
+    identity = {**(found.identity or {}), "shares": config.data.share_prefixes}
+    if plan.run.start is None and config.lora.init_lora_weights != "loftq":
+        return replace(found, identity=identity)
+    start = {"start": plan.run.start and plan.run.start.digest, "lora": config.lora.model_dump()}
+    return replace(found, identity=identity | start | {"seed": config.training.seed}, alone=nullcontext)
 
 
 def write_texts(plan: Plan) -> Plan:
@@ -51,11 +57,10 @@ def write_texts(plan: Plan) -> Plan:
     retention = plan.retention
     if retention is None:
         return plan
-    identity, before = _before_training(plan)
-    renderer, engine, group, failed = plan.datasets.renderer, plan.batches.engine, plan.group, False
+    before, group, failed = _before_training(plan), plan.group, False
     if group.main or launcher.sharding():  # whose forward passes all processes take part in
         try:
-            retention.write(plan.model, engine, renderer, identity, before)
+            retention.write(before, plan.datasets.renderer, plan.config.training.seed)
         except ModelError as error:
             if not plan.decides("retention.kl_weight"):
                 raise
@@ -87,52 +92,38 @@ def compute(plan: Plan, objective: Objective, stop: SharedStop | None = None) ->
     """
     if not isinstance(objective, PreferenceObjective):
         return
-    batches, group, engine = plan.batches, plan.group, plan.batches.engine
-    identity, inside = _before_training(plan)
+    before = replace(_before_training(plan), group=plan.group)
     for name, rows in objective.splits.items():
         dataset = rows.dataset
-        if name == "train" and not objective.formula.has_reference and "validation" in batches.layouts:
+        if name == "train" and not objective.formula.has_reference and "validation" in plan.batches.layouts:
             continue
-        parts = [identity, dataset.fingerprint, rows.partners_digest()]
-        key = hashlib.sha256(json.dumps(["reference", parts], sort_keys=True).encode()).hexdigest()
-        known = token_cache.load_values(key) if group.main else None
-        known = group.broadcast(known.tolist() if known is not None else None)
-        if known is not None:
-            values = np.array(known, np.float64)
-        else:
-            note(f"computing the reference of {plural(dataset.items, f'{name} {objective.unit}')}")
-            with inside():
-                engine.losses(
-                    dataset, objective.copies(dataset), objective, (lambda _: stop.check()) if stop else nothing
-                )
-            assert objective.last is not None
-            values = objective.last.log_probabilities
-            if group.main and np.isfinite(values).all():
-                token_cache.store_values(key, values)
-        set_reference(rows, values)
+        log_probabilities = partial(_log_probabilities, plan, objective, name, stop)
+        set_reference(rows, before.once(["reference", dataset.fingerprint, rows.partners_digest()], log_probabilities))
         if name == "train" and dataset.rows_per_example == 2:
             note(order_note(rows))
 
 
-def answering(plan: Plan) -> tuple[behavior.Answer, dict[str, Any]]:
-    """How the model answers instructions, and what identifies its base, as `behavior.measure` takes them."""
-    model, engine, ends = plan.model, plan.batches.engine, plan.datasets.renderer.end_ids
+def _log_probabilities(plan: Plan, objective: PreferenceObjective, name: str, stop: SharedStop | None) -> Numbers:
+    """Those of the answers of a split under the model as it is."""
+    dataset = objective.splits[name].dataset
+    note(f"computing the reference of {plural(dataset.items, f'{name} {objective.unit}')}")
+    check = (lambda _: stop.check()) if stop else nothing
+    plan.batches.engine.losses(dataset, objective.copies(dataset), objective, check)
+    assert objective.last is not None
+    return objective.last.log_probabilities
 
-    def answer(given: Sequence[behavior.Ids]) -> list[list[int]]:
-        return [*behavior.write(model, engine, given, behavior.ANSWER_TOKENS, end_ids=ends)]
 
-    identity = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
-    return answer, identity if engine.writes_padded else {**identity, "padded": False}
-
-
-def answer_as_base(plan: Plan) -> None:
-    """Have the base answer the instructions by which `behavior.measure` compares an adapter with it, and keep the
-    answers in the cache: a run with a time budget cannot foresee how long that takes."""
-    if not plan.group.main or launcher.sharding():
+def compute_base(plan: Plan) -> None:
+    """Compute what the end of a run needs of its base, and keep it in the cache: the losses on unrelated text, and the
+    answers to instructions, of which a run with a time budget cannot foresee how long they take."""
+    base, text = base_results(plan, tensors.full_weights(plan.model)), plan.datasets.unrelated.rows
+    left_out = plan.comparisons.left_out
+    if text is not None and "unrelated" not in left_out:
+        base.losses(text, dict.fromkeys(range(text.items), 1))
+    if "behavior" in left_out or not (plan.group.main or launcher.sharding()):
         return
-    answer, identity = answering(plan)
-    before = partial(tensors.as_initialized, plan.model, plan.adapter_init, tensors.full_weights(plan.model))
+    renderer = plan.datasets.renderer
     with suppress(DataError, ModelError):  # then it is not measured at the end either
-        given = behavior.prompts(plan.datasets.renderer, context_length(plan.model.config))[1]
+        given = behavior.prompts(renderer, context_length(plan.model.config))[1]
         with progress("answering everyday instructions as the base"):
-            behavior.base_answers(given, before, answer, identity)
+            behavior.base_answers(base, given, renderer.end_ids)

@@ -5,8 +5,8 @@ measured.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from loratune.adapter import card
 from loratune.codes import Code
 from loratune.compare import behavior, collapse, exact, gain, verdict
+from loratune.compare.base_results import BaseResults
 from loratune.compare.behavior import Behavior
 from loratune.compare.engine import SFT
 from loratune.compare.gain import FinalScore, Forgetting, Gain
@@ -36,7 +37,7 @@ from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.store import BestRecord
 from loratune.training.comparisons import SAMPLE_TOKENS, SAMPLES
 from loratune.training.plan import Plan
-from loratune.training.reference import answering
+from loratune.training.reference import base_results
 from loratune.training.scale import AdapterScale
 
 _NO_ROOM = "the run is short for so large a model"
@@ -307,7 +308,7 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     )
 
 
-def _compare_answers(plan: Plan, base: behavior.Base) -> Answers:
+def _compare_answers(plan: Plan, base: Callable[[], AbstractContextManager[None]]) -> Answers:
     """How many answers of base and adapter are right, as the main process computes it, or all for sharded weights."""
     compared, found = plan.comparisons, list[list[float]]()
     rows = compared.answered()
@@ -348,14 +349,13 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     """
     unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
     changed, left_out = Behavior(unknown=_NO_ROOM), plan.comparisons.left_out
-    forgetting = _forgotten(plan, trained)
+    forgetting, base = _forgotten(plan, trained), base_results(plan, trained.weights)
     if "unrelated" in left_out:
         unrelated = Forgetting(None, unknown=_NO_ROOM)
     elif text is not None:
-        base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
-        unrelated = gain.forgetting(plan.batches.engine, base, text, unrelated_kinds())
+        unrelated = gain.forgetting(base, text, unrelated_kinds())
     if "behavior" not in left_out:
-        changed = _measure_behavior(plan, trained)
+        changed = _measure_behavior(plan, base)
     for remark in filter(None, (unrelated.remark, changed.remark)):
         note(remark)
     test = None
@@ -409,17 +409,13 @@ def _sample_answers(plan: Plan, trained: TrainedAdapter) -> list[SampleAnswer]:
     ]
 
 
-def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
+def _measure_behavior(plan: Plan, base: BaseResults) -> Behavior:
     """How the base's own answers have changed. Errors do not fail the run; only the main process measures, unless all
     take part in each forward pass."""
     if not plan.group.main and not launcher.sharding():
         return Behavior(unknown="measured by the main process")
-    answer, identity = answering(plan)
-    base = partial(tensors.as_initialized, plan.model, plan.adapter_init, trained.weights)
     try:
-        return behavior.measure(
-            plan.model, plan.batches.engine, plan.datasets.renderer, base, answer, identity=identity
-        )
+        return behavior.measure(base, plan.datasets.renderer)
     except (DataError, ModelError) as error:
         return Behavior(unknown=error.problems[0].what)
 

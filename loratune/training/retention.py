@@ -14,8 +14,7 @@ two steps together have twice `kl_weight`; a last step that is left over has one
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +25,9 @@ from numpy.typing import NDArray
 from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import behavior
+from loratune.compare.base_results import BaseResults, Numbers
 from loratune.compare.engine import Engine
 from loratune.config import RetentionSection, RunConfig, decided
-from loratune.data import token_cache
 from loratune.data.formats.questions import Question, read_questions
 from loratune.data.packing import BatchLayout, Items, PackedRows
 from loratune.data.rendering import Renderer
@@ -181,44 +180,33 @@ class Retention:
         """The texts as rows of batches."""
         return [text.row() for text in self.texts]
 
-    def write(
-        self,
-        model: Any,
-        engine: Engine,
-        renderer: Renderer,
-        identity: Mapping[str, Any],
-        before: Callable[[], AbstractContextManager[None]],
-    ) -> None:
+    def write(self, before: BaseResults, renderer: Renderer, seed: int) -> None:
         """Have the model write the texts, and read what it predicts in them; or take both from the cache.
 
         Args:
-            model: A `PeftModel` with its adapter.
-            engine: How it is computed.
+            before: The results of the model as before its first step.
             renderer: Of its tokenizer.
-            identity: What decides the predictions beside the prompts and the settings, as plain values; `seed` is that
-                of the texts.
-            before: Makes a context in which the model computes as before its first step.
+            seed: The seed of the texts.
 
         Raises:
             ModelError: The model writes nothing but its end token.
         """
-        longest = self.of_step.tokens
+        longest, engine = self.of_step.tokens, before.engine
         settings = self.section.model_dump(exclude={"kl_weight"}) | {"max_new_tokens": longest}
-        parts = ["retention", dict(identity), settings, TOP, [[*ids] for ids in self.given]]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        if (known := token_cache.load_values(key)) is not None:
-            self.texts = _from_numbers(known)
-            return
         ends = renderer.end_ids if self.section.prompts else ()
-        with progress("writing texts of the base"), before():
-            new = behavior.write(model, engine, self.given, longest, end_ids=ends, seed=int(identity["seed"]))
-            pairs = zip(self.given, new, strict=True)
-            written = [(ids, tokens) for ids, tokens in pairs if not {*tokens} <= {*renderer.end_ids}]
-            if not written:
-                what, fix = "the model writes nothing but its end token", "set prompts, or kl_weight to 0"
-                raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, key=KEY, fix=fix))
-            self.texts = read_predictions(model, engine, written)
-        token_cache.store_values(key, _as_numbers(self.texts))
+
+        def compute() -> Numbers:
+            with progress("writing texts of the base"):
+                new = behavior.write(engine.model, engine, self.given, longest, end_ids=ends, seed=seed)
+                pairs = zip(self.given, new, strict=True)
+                written = [(ids, tokens) for ids, tokens in pairs if not {*tokens} <= {*renderer.end_ids}]
+                if not written:
+                    what, fix = "the model writes nothing but its end token", "set prompts, or kl_weight to 0"
+                    raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, key=KEY, fix=fix))
+                return _as_numbers(read_predictions(engine.model, engine, written))
+
+        about = ["retention", settings, seed, [*renderer.end_ids], TOP, [[*ids] for ids in self.given]]
+        self.texts = _from_numbers(before.once(about, compute))
 
     def as_numbers(self) -> list[float]:
         """The texts as plain numbers, for other processes."""

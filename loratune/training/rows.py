@@ -27,8 +27,8 @@ from loratune.model import load
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.training.preflight import Run, StartAdapter
 
-_FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 64
-"""The minimum and maximum number of tokens of a passage of unrelated text, also limited by `max_length`."""
+_FEWEST_UNRELATED_TOKENS = 16
+"""Passages of unrelated text that `max_length` or the context cut to fewer tokens are not measured."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
         )
         remarks["train"] += filter(None, rendering)
         leaks = [line for one in data.find_leaks(run.rows) for line in one.remarks()]
-    longest = min(_UNRELATED_TOKENS, section.max_length, context or _UNRELATED_TOKENS)
+    longest = min(data.UNRELATED_TOKENS, section.max_length, context or data.UNRELATED_TOKENS)
     datasets = TokenizedDatasets(
         renderer,
         splits["train"],

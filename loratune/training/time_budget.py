@@ -251,6 +251,8 @@ def estimate_length(plan: Plan, began: float) -> Plan:
     if plan.config.training.objective in WITH_REFERENCE:  # in a run that has passed when steps are timed
         splits = plan.datasets.splits.values()
         left -= sum(estimator.scoring_seconds((rows, range(rows.items), plan.batches.objective)) for rows in splits)
+    if (text := plan.datasets.unrelated.rows) is not None:
+        left -= estimator.scoring_seconds((text, range(text.items), SFT))
     return _fixed(plan, estimator.room(left), left, "about ")
 
 
@@ -289,11 +291,10 @@ def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Scoring]:
     passes += [(rows, sample, SFT)] if compared.answers else []
     if datasets.earlier is not None and (earlier := datasets.earlier.rows) is not None:
         passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens).copies], SFT))
-    if (text := datasets.unrelated.rows) is not None and "unrelated" not in compared.left_out:
-        passes.append((text, range(text.items), SFT))
-    if text is not None and "behavior" not in compared.left_out:
-        yield from [(text, range(text.items), SFT)] * _PASSES_OF_BEHAVIOR
     yield from passes * 2
+    if (text := datasets.unrelated.rows) is not None:  # the base's losses are known, see `reference.compute_base`
+        count = ("unrelated" not in compared.left_out) + _PASSES_OF_BEHAVIOR * ("behavior" not in compared.left_out)
+        yield from [(text, range(text.items), SFT)] * count
     if isinstance(objective, PreferenceObjective):
         rows = datasets.validation or datasets.train
         yield rows, range(rows.items if datasets.validation else min(rows.items, MOST_COMPARED)), objective

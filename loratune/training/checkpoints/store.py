@@ -152,7 +152,7 @@ class CheckpointRecord(BaseModel):
         config: The config, with absolute paths and without `auto`.
         fingerprints: Of everything that the run reads, see `resume.CONTENTS`.
         rows: Counts of the training rows, `rows` and `tokens` among them.
-        conditions: The software and hardware, see `plan.conditions`; None if an earlier release wrote it.
+        conditions: The software and hardware, see `conditions`; None if an earlier release wrote it.
         processes: How many processes the run has.
         sharding: How they shard the weights, see `launcher.sharding`.
         changes: What changed when the run was resumed: at which step, which key, from which value to which.
