@@ -57,7 +57,7 @@ def plan_values(plan: "Plan", rows: int) -> "DryRun":
 
 def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     """The lines on a published adapter. program: the command that starts loratune."""
-    from loratune.adapter.card import example_prompt
+    from loratune.adapter.card import example_command
 
     found, directory, losses = result.trained, result.run.directory, result.trained.losses()
     lines = [
@@ -71,8 +71,8 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     ]
     if found.forgetting is not None:
         lines.append(("stands alone", "it holds the adapter that it started from"))
-    prompt = example_prompt(result.run.rows.train) if result.run.rows else ""
-    lines.append(("try it", f"{program} generate --adapter {shell_word(directory.display_name)} {prompt}"))
+    rows = result.run.rows.train if result.run.rows else None
+    lines.append(("try it", f"{program} {example_command(directory.display_name, rows, result.run.system)}"))
     return block("done", lines)
 
 
@@ -291,8 +291,7 @@ def study(swept: "SweepResult", program: str) -> Iterator[str]:
             yield one_line(f"  trial {trial.number}: {trial.state}: {trial.note}")
     lines = [("best", results.conclusion())]
     if results.published is not None:
-        command = f"{program} generate --adapter {shell_word(results.published)} {swept.example_prompt}"
-        lines += [("adapter", results.published), ("try it", command)]
+        lines += [("adapter", results.published), ("try it", f"{program} {swept.example_command}")]
     lines += [
         ("study", str(swept.directory)),
         ("look", f"{program} report --study {shell_word(str(swept.directory))}"),
