@@ -334,7 +334,7 @@ def test_rows_with_tools_are_tried_in_a_chat(
     ran = cli("train", run_config(data={"train": str(rows), "chat_template": template}, training={"max_steps": 2}))
     assert ran.code == 0, ran.err
     (command,) = (line.partition("loratune ")[2] for line in ran.out.splitlines() if "try it" in line)
-    assert command == "chat --adapter out"
+    assert command == f"chat --adapter {tmp_path / 'out'}"
     assert "`loratune chat --adapter out`" in (tmp_path / "out" / "README.md").read_text()
     again = cli(*shlex.split(command), "--max-new-tokens", 2, stdin="Go\n")
     assert again.code == 0, again.err
