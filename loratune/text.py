@@ -34,6 +34,12 @@ def one_line(value: str) -> str:
     return value if value.isascii() and value.isprintable() else _IN_A_LINE.sub(_escaped, value)
 
 
+def beginning(value: str, most: int = 60) -> str:
+    """The beginning of a text in quotation marks, as one line with single spaces."""
+    words = one_line(" ".join(value[: 10 * most].split()))
+    return f'"{words}"' if len(words) <= most else f'"{words[:most].rstrip()}…"'
+
+
 def without_userinfo(value: str) -> str:
     """The text without the user names and passwords in its URLs."""
     return _USERINFO.sub("", value)

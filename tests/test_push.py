@@ -121,6 +121,21 @@ def read_files(path: Path) -> str:
 # What is uploaded
 
 
+@pytest.mark.parametrize("option", [(), ("--with-system",)])
+def test_system_message_is_uploaded_only_if_asked(
+    option: tuple[str, ...], adapter: Path, state: State, push: Push, tmp_path: Path
+) -> None:
+    """It may be confidential, so that no file has it."""
+    record = adapter / "loratune.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"system": "You are Max, at Brot & Co."}))
+    ran = push("--adapter", adapter, ME, *option)
+    assert ran.code == 0, ran.err
+    files = state.repositories[ME].files
+    assert [name for name, content in files.items() if b"Brot & Co" in content] == ["loratune.json"] * len(option)
+    assert ("the system message of the training rows is left out" in ran.err) == (not option)
+    assert adapter_files.inspect(downloaded(files, tmp_path / "copy")).edits() == []
+
+
 def test_uploaded_adapter_works_for_others(
     trained: Path, tiny_dir: Path, state: State, push: Push, hub: Hub, tmp_path: Path, cli: Cli
 ) -> None:

@@ -324,10 +324,10 @@ def test_suggested_command_works_for_a_prompt_that_looks_like_an_option(
     assert again.code == 0, again.err
 
 
-def test_rows_with_tools_are_tried_with_a_file_of_rows(
+def test_rows_with_tools_are_tried_in_a_chat(
     run_config: Callable[..., Path], tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt on the command line has no tools. The card names the same command, and it works with such a file."""
+    """A prompt on the command line has no tools. The card names the same command, and it runs as it is."""
     function = {"name": "f", "description": "Do it.", "parameters": {"type": "object", "properties": {}}}
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
     row = {"tools": [{"type": "function", "function": function}], "messages": [{"role": "user", "content": "Go"}, call]}
@@ -337,8 +337,7 @@ def test_rows_with_tools_are_tried_with_a_file_of_rows(
     ran = cli("train", run_config(data={"train": str(rows), "chat_template": template}, training={"max_steps": 2}))
     assert ran.code == 0, ran.err
     (command,) = (line.partition("loratune ")[2] for line in ran.out.splitlines() if "try it" in line)
-    assert command.endswith(" --input rows.jsonl")
-    assert "`loratune generate --adapter out --input rows.jsonl`" in (tmp_path / "out" / "README.md").read_text()
-    rows.replace(tmp_path / "rows.jsonl")
-    again = cli(*shlex.split(command), "--max-new-tokens", 2)
+    assert command == f"chat --adapter {tmp_path / 'out'}"
+    assert "`loratune chat --adapter out`" in (tmp_path / "out" / "README.md").read_text()
+    again = cli(*shlex.split(command), "--max-new-tokens", 2, stdin="Go\n")
     assert again.code == 0, again.err

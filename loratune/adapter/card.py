@@ -28,6 +28,11 @@ _README_CHARACTERS = 1 << 20
 _METADATA = re.compile(r"\s*---\n(.*?)\n---(?:\n|\Z)", re.DOTALL)
 _VALUES = {"license": r"\S.{0,199}", "license_name": r"\S.{0,199}", "license_link": r"https?://\S{1,500}"}
 """What a card takes over from that of its base, and the values that it may have."""
+_SYSTEM = """
+All training rows had the same system message, which this card does not show. loratune reads it in `loratune.json`
+(`system`) and uses it by default; other programs need it in each request. Uploads are without it, unless they were made
+with `loratune push --with-system`.
+"""
 _LICENCE = re.compile(rf"^(?:{'|'.join(_VALUES)}):.*(?:\n[ -].*)*", re.MULTILINE)
 """One of these entries. The others are not read: it can take seconds to parse thousands of tags as YAML."""
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -80,6 +85,7 @@ class CardLines:
         changes: Settings that were changed when the run was resumed.
         objective: A line on the training objective, for preferences.
         processes: The number of processes of the run.
+        has_system: Whether all training rows had the same system message.
     """
 
     use: str
@@ -94,6 +100,7 @@ class CardLines:
     changes: Sequence[Mapping[str, Any]]
     objective: str = ""
     processes: int = 1
+    has_system: bool = False
 
 
 def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, lines: CardLines) -> str:
@@ -136,7 +143,7 @@ A LoRA adapter for {base_name}, trained with loratune {__version__}.
 ## Use
 
 {lines.use}
-
+{_SYSTEM if lines.has_system else ""}
 ## Settings
 
 {code_block(yaml.safe_dump(_shown_settings(settings), sort_keys=False), "yaml")}
@@ -153,20 +160,35 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("lora", "training")} | ({"preferences": read} if read else {})
 
 
-def example(rows: DatasetSplit, max_length: int = 200) -> dict[str, Any]:
-    """The shortest prompt of the first rows, as in `recorded_prompts`; empty if none is suitable."""
-    prompts = (_recorded_prompt(one) for one in islice(rows.examples(), 100))
+def example(rows: DatasetSplit, system: str = "", max_length: int = 200) -> dict[str, Any]:
+    """The shortest prompt of the first rows, as in `recorded_prompts`; empty if none is suitable.
+
+    Args:
+        rows: The training rows.
+        system: The system message that is recorded, which the prompt is shown without.
+        max_length: The maximum length of the prompt, in characters.
+    """
+    prompts = (_without(system, _recorded_prompt(one)) for one in islice(rows.examples(), 100))
     typed = [(text, prompt) for prompt in prompts if 0 < len(text := _typed(prompt)) <= max_length]
     return min(typed, key=lambda one: (not is_printable_line(one[0]), len(one[0])))[1] if typed else {}
 
 
-def example_prompt(rows: DatasetSplit) -> str:
-    """The example as an argument of `loratune generate`, quoted for a shell; a file of rows if there is none, as for
-    conversations with tools or several messages."""
-    prompt = _typed(example(rows))
-    if not prompt:
-        return "--input rows.jsonl"
-    return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--` ends the options
+def example_command(adapter: str, rows: DatasetSplit | None, system: str) -> str:
+    """The command that tries an adapter, after `loratune`, quoted for a shell: it completes the example; or begins a
+    chat if there is none, as for conversations with tools or several messages; or takes a raw prompt on stdin.
+
+    adapter: The directory. Others as for `example`; without rows there is no example.
+    """
+    prompt = _typed(example(rows, system)) if rows is not None else ""
+    verb = "generate" if prompt or rows is None or not rows.chat else "chat"
+    ends_options = "-- " if prompt.startswith("-") else ""
+    return f"{verb} --adapter {shell_word(adapter)} {ends_options}{shell_word(prompt) if prompt else ''}".rstrip(" ")
+
+
+def _without(system: str, prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt without this system message at its beginning."""
+    first, *others = prompt.get("messages") or [{}]
+    return prompt | {"messages": others} if system and first == {"role": "system", "content": system} else prompt
 
 
 def prompt_text(example: Example) -> str:

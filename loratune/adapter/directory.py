@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from loratune import config
 from loratune.codes import Code
 from loratune.config import DataSection, ModelSection, RunConfig, Source
+from loratune.config.yaml_files import kind_of
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import note
 from loratune.lora import adapter_files
@@ -18,9 +19,14 @@ from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, 
 from loratune.system import release
 from loratune.system.directories import ROW_HASHES, is_adapter_file
 from loratune.system.files import versioned, write_json
+from loratune.text import beginning
 
 RUN_FILE, TOKENIZER_FILE = "run.yaml", "tokenizer_config.json"
 """The resolved config of the run that made the adapter, and the file that every tokenizer has."""
+SYSTEM = "system"
+"""The record's key for the system message that all training rows had."""
+MOST_SYSTEM = 1 << 20
+"""The most characters of a system message that is recorded and used."""
 
 _PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
 """Packages whose versions are in the record of an export."""
@@ -43,6 +49,7 @@ class AdapterDirectory:
         chat: Whether the training rows were rendered with the chat template.
         run: The recorded config; None if loratune did not write the adapter.
         forced: Whether edited files and another base are accepted (`--force`).
+        system: The system message that all training rows had; empty if there was none.
     """
 
     files: AdapterFiles
@@ -51,6 +58,7 @@ class AdapterDirectory:
     chat: bool
     run: RunConfig | None
     forced: bool = False
+    system: str = ""
 
     @classmethod
     def open(
@@ -70,7 +78,8 @@ class AdapterDirectory:
             fix: What to do about changed files, for the message.
 
         Raises:
-            AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a valid config.
+            AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a valid config; the recorded
+                system message is not text.
             ConfigError: See `config.load`.
         """
         files = adapter_files.inspect(path)
@@ -91,7 +100,9 @@ class AdapterDirectory:
         with files.reading():
             run = _recorded_run(path / RUN_FILE, assignments)
         loading = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
-        return cls(files, base.model_copy(update=loading), run.data, files.record.get("chat") is True, run, forced)
+        chat = files.record.get("chat") is True
+        system = _recorded_system(files) if chat else ""
+        return cls(files, base.model_copy(update=loading), run.data, chat, run, forced, system)
 
     @property
     def path(self) -> Path:
@@ -102,6 +113,12 @@ class AdapterDirectory:
     def has_tokenizer(self) -> bool:
         """Whether it holds the tokenizer of its training."""
         return TOKENIZER_FILE in self.files.states
+
+    def note_system(self) -> None:
+        """Emit a line on the system message, for an output of which programs do not know it."""
+        if self.system:
+            what = f"all training rows had the system message {beginning(self.system)}"
+            note(f"{what}; requests to the result need it too")
 
     def copy_tokenizer(self, target: Path, *others: str) -> None:
         """Copy the files of the tokenizer to another directory, and the other named files that exist.
@@ -170,6 +187,24 @@ def _recorded_gguf(files: AdapterFiles) -> str | None:
         what = f"is not the name of a file: {gguf!r}"
         raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, "base.gguf_file"))
     return gguf
+
+
+def _recorded_system(files: AdapterFiles) -> str:
+    """The recorded system message; empty if there is none. Raises AdapterError: it is not text, or too long."""
+    system = files.record.get(SYSTEM)
+    if system is None:
+        return ""
+    what = ""
+    if not isinstance(system, str):
+        what = f"must be text, got {kind_of(system)}"
+    elif len(system) > MOST_SYSTEM:
+        what = f"has {len(system):,} characters, and at most {MOST_SYSTEM:,} are used"
+    elif any("\ud800" <= character <= "\udfff" for character in system):
+        what = "holds a lone surrogate, which is not a character"
+    if what:
+        fix = "correct it, or remove it"
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, str(files.path / RECORD_FILE), SYSTEM, fix))
+    return str(system)
 
 
 def _is_of_tokenizer(name: str, has_code: bool) -> bool:

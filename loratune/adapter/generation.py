@@ -31,6 +31,7 @@ from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import BaseSnapshot
 from loratune.model.fingerprints import Sampled
+from loratune.text import beginning
 
 _WORTHWHILE, _FEWEST = 0.05, 64
 """The fraction and the number of a batch's tokens that must be saved: the prefix costs an extra forward pass."""
@@ -148,6 +149,7 @@ class LoadedAdapter:
         is_enough: Whether applying `layers` selects this adapter; if not, it must also be PEFT's active adapter.
         prompts: Makes batches of prompts for the model.
         fingerprint: That of the base.
+        system: The system message that all training rows had; empty if there was none.
     """
 
     model: PeftModel
@@ -163,6 +165,7 @@ class LoadedAdapter:
     is_enough: bool
     prompts: SharedPrompts
     fingerprint: str = ""
+    system: str = ""
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -197,9 +200,20 @@ class LoadedAdapter:
         """Complete a batch of prompts with this adapter, see the function `complete`."""
         return complete([(self, ids) for ids in prompts], max_new_tokens, sampling)
 
-    def turns(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The prompt to render: text becomes a user turn if the adapter was trained on conversations."""
-        return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
+    def turns(self, prompt: str | list[Message], system: str) -> str | list[Message]:
+        """The prompt to render: text becomes a user turn if the adapter was trained on conversations, and messages
+        begin with a system message, unless they have one. system: it; empty for none."""
+        if isinstance(prompt, str):
+            if not self.chat:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        has_own = any(message["role"] in ("system", "developer") for message in prompt)
+        return prompt if has_own or not system else [{"role": "system", "content": system}, *prompt]
+
+    @property
+    def system_note(self) -> str:
+        """A line that says that the system message of the training rows is used."""
+        return f"system message of the training rows: {beginning(self.system)}; --no-system leaves it out"
 
     def text(self, ids: Sequence[int]) -> str:
         """A completion as text, without the end token."""

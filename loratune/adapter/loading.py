@@ -100,6 +100,8 @@ def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedA
     for other in (adapter for adapter in adapters if adapter.chat != first.chat):
         kind = "conversations" if other.chat else "raw prompts"
         note(f"{other.path}: was trained on {kind}; the mixture renders prompts as its first adapter, {first.path}")
+    for other in (adapter for adapter in adapters if adapter.system != first.system):
+        note(f"{other.path}: had another system message than {first.path}, whose is used for the mixture")
     base, fingerprint, check = _load_base(adapters, first.base)
     with TemporaryDirectory() as directory:
         return _attach_all(base, fingerprint, [(first, mixed.write(Path(directory)))], check)[0]
@@ -202,7 +204,7 @@ def _attach_all(
         LoadedAdapter(
             model, tokenizer, renderer, adapter.data, adapter.chat, (sample, before), str(adapter.files.path), key,
             kernels.InferenceLayers(model, reader(key)), mixes=key in mixing, is_enough=plain == keys,
-            prompts=SharedPrompts(model, pad_id(tokenizer)), fingerprint=fingerprint,
+            prompts=SharedPrompts(model, pad_id(tokenizer)), fingerprint=fingerprint, system=adapter.system,
         )
         for (adapter, _), tokenizer, renderer, before, key in zip(
             attached, tokenizers, renderers, snapshots, keys, strict=True

@@ -121,6 +121,7 @@ class Adapter(Adapters):
         prompts: str | Sequence[str | list[dict[str, Any]]],
         *,
         max_new_tokens: int = 256,
+        system: str | None = None,
         on_event: Listener | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[str]:
@@ -129,6 +130,8 @@ class Adapter(Adapters):
         Args:
             prompts: A text, or a list of texts or conversations (lists of messages); rendered as in training.
             max_new_tokens: The maximum length of a completion, in tokens.
+            system: The system message of conversations without one; empty for none; by default the one that all rows
+                had which the adapter was trained on.
             on_event: Receives events.
             options: `temperature`: 0, the default, is greedy decoding; above 0, tokens are sampled. `top_p`: sample
                 from the most likely tokens with this total probability. `top_k`: sample from this many of the most
@@ -140,13 +143,14 @@ class Adapter(Adapters):
 
         Raises:
             AdapterError, ModelError: The adapter or its base cannot be used.
-            ConfigError: A setting is out of range, or a prompt with its new tokens exceeds the model's context.
+            ConfigError: A setting is out of range; a prompt with its new tokens exceeds the model's context; a system
+                message is given for a raw prompt.
             DataError: A prompt cannot be rendered.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         with listening(on_event):
             sampling = Sampling(**options)
-            answers = self.answers(prompts, sampling=sampling, max_new_tokens=max_new_tokens)
+            answers = self.answers(prompts, sampling=sampling, max_new_tokens=max_new_tokens, system=system)
             return [answer.completion for answer in answers]
 
     @checked
@@ -310,7 +314,13 @@ class Adapter(Adapters):
 
     @checked
     def push(
-        self, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
+        self,
+        repository: str,
+        *,
+        public: bool = False,
+        base: str | None = None,
+        with_system: bool = False,
+        on_event: Listener | None = None,
     ) -> "Upload":
         """Upload the adapter to the hub in one commit, and verify the upload.
 
@@ -318,6 +328,7 @@ class Adapter(Adapters):
             repository: USER/NAME.
             public: Make the repository public.
             base: The base's name on the hub; required if the adapter names it by a local path.
+            with_system: Upload the system message that all training rows had, too.
             on_event: Receives events.
 
         Raises:
@@ -328,7 +339,7 @@ class Adapter(Adapters):
             with libraries():
                 from loratune.commands import push
 
-            return push.push(self._noted[0].files, repository, public=public, base=base)
+            return push.push(self._noted[0].files, repository, public=public, base=base, with_system=with_system)
 
     @checked
     def report(

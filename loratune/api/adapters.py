@@ -118,6 +118,7 @@ class Adapters:
         *,
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008  it is frozen
+        system: str | None = None,
         base: bool = False,
         on_text: Callable[[str], None] | None = None,
         progress: bool = True,
@@ -129,6 +130,8 @@ class Adapters:
                 adapter that answers it.
             max_new_tokens: The maximum length of a completion, in tokens.
             sampling: The sampling settings.
+            system: The system message of conversations without one; empty for none; by default the one that all rows
+                had which the adapter was trained on.
             base: Also complete with the base alone.
             on_text: Receives the completion of a single prompt piece by piece.
             progress: Emit progress events.
@@ -147,15 +150,17 @@ class Adapters:
         names = generate.names(self._selection, read)
         with computing():
             return generate.answers(
-                self._loaded, names, read, sampling, max_new_tokens, base=base, on_text=on_text, shows_progress=progress
-            )
+                self._loaded, names, read, sampling, max_new_tokens, system=system, base=base, on_text=on_text,
+                shows_progress=progress,
+            )  # fmt: skip
 
     @checked
     def chat(self, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> "Chat":
         """Begin a conversation; its method `ask` answers a turn.
 
         Args:
-            system: The system message.
+            system: The system message; empty for none; by default the one that all rows had which the adapter was
+                trained on.
             max_new_tokens: The maximum length of an answer, in tokens.
             temperature: 0 for greedy decoding; above 0, tokens are sampled.
 

@@ -61,7 +61,7 @@ def plan_values(plan: "Plan", rows: int) -> "DryRun":
 
 def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     """The lines on a published adapter. program: the command that starts loratune."""
-    from loratune.adapter.card import example_prompt
+    from loratune.adapter.card import example_command
 
     found, directory = result.trained, result.run.directory
     adapter = shell_word(directory.display_name)
@@ -73,8 +73,8 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     alone = "; it holds the adapter that it started from" if found.forgetting is not None else ""
     duration = f"{found.tokens:,} tokens in {found.steps:,} steps, {format_duration(found.seconds)}"
     lines += [("saved", f"{directory.output}, {format_size(found.adapter_bytes)}; {duration}{alone}")]
-    prompt = example_prompt(result.run.rows.train) if result.run.rows else ""
-    lines += [("try it", f"{program} generate --adapter {adapter} {prompt}")]
+    rows = result.run.rows.train if result.run.rows else None
+    lines += [("try it", f"{program} {example_command(directory.display_name, rows, result.run.system)}")]
     lines += [("test it", f"{program} evaluate --adapter {adapter} --data FILE, with rows that it has not seen")]
     return block(f"{mark(found.verdict, found.answers)} {one_line(found.headline)}", lines)
 
@@ -331,8 +331,7 @@ def study(swept: "SweepResult", program: str) -> Iterator[str]:
             yield one_line(f"  trial {trial.number}: {trial.state}: {trial.note}")
     lines = [("best", results.conclusion())]
     if results.published is not None:
-        command = f"{program} generate --adapter {shell_word(results.published)} {swept.example_prompt}"
-        lines += [("adapter", results.published), ("try it", command)]
+        lines += [("adapter", results.published), ("try it", f"{program} {swept.example_command}")]
     lines += [
         ("study", str(swept.directory)),
         ("look", f"{program} report --study {shell_word(str(swept.directory))}"),

@@ -308,7 +308,13 @@ def environment(*, self_test: bool = False, on_event: Listener | None = None) ->
 
 @checked
 def push(
-    path: StrPath, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
+    path: StrPath,
+    repository: str,
+    *,
+    public: bool = False,
+    base: str | None = None,
+    with_system: bool = False,
+    on_event: Listener | None = None,
 ) -> "Upload":
     """Upload an adapter directory to the hub, see `Adapter.push`."""
     with listening(on_event):
@@ -318,7 +324,8 @@ def push(
             from loratune.lora import adapter_files
 
         hub.check_name(repository)
-        return push.push(adapter_files.inspect(Path(path)), repository, public=public, base=base)
+        files = adapter_files.inspect(Path(path))
+        return push.push(files, repository, public=public, base=base, with_system=with_system)
 
 
 @checked

@@ -87,6 +87,13 @@ AdapterScale = Annotated[
         help="Multiply the adapter's update by S, from 0 (the base) to 2; 1: as trained.",
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system", metavar="TEXT", help="The system message; by default that of the training rows, if all had one."
+    ),
+]
+NoSystem = Annotated[bool, typer.Option("--no-system", help="Add no system message.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
 Temperature = Annotated[float, typer.Option(metavar="T", min=0, help="0: greedy decoding; 0.001 to 1000: sampling.")]
 
@@ -120,6 +127,13 @@ def check_paths(**options: str | Path | None) -> None:
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             key = option if option.isupper() else f"--{option}"
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=key, fix="check the path"))
+
+
+def system_message(given: str | None, *, none: bool) -> str | None:
+    """The system message of prompts, as for `Adapters.answers`. Raises ConfigError: both options are given."""
+    if none and given is not None:
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --system or --no-system, not both"))
+    return "" if none else given
 
 
 def needs(options: Mapping[str, object], needed: str) -> list[Problem]:

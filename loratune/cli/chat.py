@@ -4,9 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from loratune.cli.application import (
     Adapters,
@@ -15,8 +13,11 @@ from loratune.cli.application import (
     Debug,
     Force,
     MaxNewTokens,
+    NoSystem,
+    System,
     Temperature,
     app,
+    system_message,
 )
 from loratune.cli.boundary import boundary
 from loratune.codes import Code
@@ -45,7 +46,8 @@ _HELP = (
 @app.command()
 def chat(
     adapters: Adapters,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    system: System = None,
+    no_system: NoSystem = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     scale: AdapterScale = 1.0,
@@ -55,10 +57,12 @@ def chat(
 ) -> None:
     """Chat with an adapter; /help lists the commands. From a pipe, each line is a turn."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
+        given = system_message(system, none=no_system)
+
         import loratune
 
         named = loratune.Adapters(adapters, scale=scale, force=force, overrides=assignments)
-        talk = named.chat(system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+        talk = named.chat(system=given, max_new_tokens=max_new_tokens, temperature=temperature)
         log(*talk.notes())
         _Session(talk, tuple(named.inputs()), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
 

@@ -134,6 +134,9 @@ def push(
             help="The name of the base on the hub; required if the base is a local path.",
         ),
     ] = None,
+    with_system: Annotated[
+        bool, typer.Option("--with-system", help="Also upload the system message that all training rows had.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -148,7 +151,7 @@ def push(
         if silenced:
             bars.disable_progress_bars()  # type: ignore[attr-defined]
         try:
-            upload = push(adapter, repository, public=public, base=base)
+            upload = push(adapter, repository, public=public, base=base, with_system=with_system)
         except KeyboardInterrupt as stop:
             fix = "the repository holds the whole adapter or nothing of it; the same command completes it"
             raise stop_error(stop, fix) from None

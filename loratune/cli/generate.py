@@ -16,11 +16,14 @@ from loratune.cli.application import (
     Force,
     Json,
     MaxNewTokens,
+    NoSystem,
+    System,
     Temperature,
     app,
     check_paths,
     needs,
     rows_output,
+    system_message,
     write_rows,
 )
 from loratune.cli.boundary import boundary
@@ -58,6 +61,8 @@ def generate(
             "--output", metavar="FILE", help="Write rows to FILE: CSV if it ends in .csv, else JSONL; - is stdout."
         ),
     ] = None,
+    system: System = None,
+    no_system: NoSystem = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: Annotated[
@@ -85,6 +90,7 @@ def generate(
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
         if output is None and (problems := needs({"overwrite": overwrite}, "--output")):
             raise ConfigError(problems)
+        given = system_message(system, none=no_system)
         if as_json and output is None:
             output = Path(STDOUT)
 
@@ -101,7 +107,7 @@ def generate(
         on_terminal = sys.stdout.isatty() and output is None
         streams = on_terminal and not (base or stop or source) and len(prompts or [""]) == 1
         answers = named.answers(
-            rows, max_new_tokens=max_new_tokens, sampling=sampling, base=base, progress=not on_terminal,
+            rows, max_new_tokens=max_new_tokens, sampling=sampling, system=given, base=base, progress=not on_terminal,
             on_text=(lambda text: print(text, end="", flush=True)) if streams else None,
         )  # fmt: skip
         if output is not None:

@@ -62,7 +62,6 @@ class Chat:
     Attributes:
         name: The name of the adapter that answers.
         exchanges: The conversation so far, with the answers of all adapters.
-        system: The system message; empty if there is none.
     """
 
     def __init__(
@@ -75,8 +74,9 @@ class Chat:
     ):
         """Raises ConfigError: a system message is given for an adapter that was trained on raw prompts."""
         self._loaded, self._new_tokens, self._sampling = loaded, max_new_tokens, sampling
-        self.name, self.exchanges, self.system = loaded.label, list[Exchange](), ""
-        self.set_system(system or "")
+        self.name, self.exchanges, self._system = loaded.label, list[Exchange](), system
+        if system is not None:
+            self.set_system(system)
 
     @property
     def adapter(self) -> LoadedAdapter:
@@ -84,14 +84,21 @@ class Chat:
         return self._loaded.by_name.get(self.name, self._loaded.default)
 
     @property
+    def system(self) -> str:
+        """The system message, empty for none: the one that was set, or that of all training rows of the adapter."""
+        return self.adapter.system if self._system is None else self._system
+
+    @property
     def names(self) -> list[str]:
         """The names of all adapters; empty for a single adapter without a name."""
         return list(self._loaded.by_name)
 
     def notes(self) -> list[str]:
-        """A line for each adapter that was trained on raw prompts."""
+        """A line for each adapter that was trained on raw prompts, or whose system message is used."""
         adapters = self._loaded.by_name.values() or [self._loaded.default]
-        return [f"{adapter.where}: {RAW_NOTE}" for adapter in adapters if not adapter.chat]
+        raw = [f"{adapter.where}: {RAW_NOTE}" for adapter in adapters if not adapter.chat]
+        known = [adapter for adapter in adapters if adapter.system and self._system is None]
+        return raw + [f"{one.where}: {one.system_note}" if len(self.names) > 1 else one.system_note for one in known]
 
     @checked
     def use(self, name: str) -> None:
@@ -108,7 +115,7 @@ class Chat:
         if text and not self.adapter.chat:
             what = f"{self.adapter.where} {RAW_NOTE}"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="leave the system message out"))
-        self.system = text
+        self._system = text
 
     def reset(self) -> None:
         """Clear the conversation; the system message and the adapter stay."""

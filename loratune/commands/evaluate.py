@@ -41,7 +41,7 @@ from loratune.errors import AdapterError, DataError, ModelError
 from loratune.events import note
 from loratune.lora import attach, tensors
 from loratune.model import load
-from loratune.text import plural
+from loratune.text import beginning, plural
 
 Tasks = Callable[[LoadedAdapter], TaskResults]
 """Runs tasks on a loaded adapter and its base, see `harness.run`."""
@@ -114,6 +114,9 @@ def evaluate(
     overlap = subject.once("overlap", lambda: _overlap(split, adapter))
     remarks = [*split.remarks(), *dataset.report.splits(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
+    if adapter.system and (bare := split.rows_without_system):
+        what = f"{bare:,} of {len(split):,} rows have no system message, and are scored without one"
+        remarks.append(f"{what}; all training rows had {beginning(adapter.system)}")
     engine = engine_of(first)
     with first.without_adapter():
         found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}

@@ -13,7 +13,7 @@ from typing import Any
 
 from loratune import memory, outputs
 from loratune.adapter import loading
-from loratune.adapter.directory import RUN_FILE, AdapterDirectory
+from loratune.adapter.directory import RUN_FILE, SYSTEM, AdapterDirectory
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.events import note
@@ -88,6 +88,8 @@ def export(
         ResourceError: The disk is full.
     """
     exact = replace(source, base=source.base.model_copy(update={"dtype": "float32"}))  # rounding hides differences
+    if options.to != "ollama":
+        source.note_system()
     if options.uses_llama_cpp:
         return _export_gguf(exact, directory, options, split)
     return _export_plain(exact, directory, options, dict(made_of), split)
@@ -161,6 +163,7 @@ def _export_plain(
             metrics["server"] = {"class": served.architecture, "since": served.since, "run": result and asdict(result)}
             in_server = f"{served}; {result or f'not run: {not_run}'}"
         details |= {"comparison": metrics, "chat": source.chat, "fingerprints": {"base": fingerprint}}
+        details |= {SYSTEM: source.system} if source.system else {}
         source.write_record(staging, f"plain LoRA for {client}", details)
     lines = _plain_lines(adapter, metrics, not_compared, (client, in_server))
     return Exported(
@@ -232,7 +235,9 @@ def _export_gguf(
         gguf.check_layers(loaded.model, str(source.path))
     name = clients.name_of(directory.output.name)
     is_ollama = options.to == "ollama"
-    modelfile = ollama.modelfile(loaded.renderer, f"{name}.gguf", chat=source.chat) if is_ollama else None
+    modelfile = None
+    if is_ollama:
+        modelfile = ollama.modelfile(loaded.renderer, f"{name}.gguf", chat=source.chat, system=source.system)
     answers = [] if not_run else scored_answers(loaded, source, split)
     is_small = adapter and (not_run or base_gguf)  # no GGUF file of the base has to be written
     size = 2 * file_bytes(adapter.tensors) if adapter and is_small else 8 * loaded.model.num_parameters()

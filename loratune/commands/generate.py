@@ -50,6 +50,7 @@ def answers(
     sampling: Sampling,
     max_new_tokens: int,
     *,
+    system: str | None = None,
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
     shows_progress: bool = True,
@@ -63,17 +64,19 @@ def answers(
             a user turn if the adapter was trained on conversations.
         sampling: The sampling settings.
         max_new_tokens: The maximum length of a completion, in tokens.
+        system: The system message of prompts without one; empty for none; None for the one of all training rows.
         base: Also answer with the base alone.
         on_text: Receives the completion of a single prompt piece by piece.
         shows_progress: Emit progress events.
 
     Raises:
         DataError: A row cannot be used or rendered.
-        ConfigError: A prompt is empty, or with its new tokens exceeds the model's context.
+        ConfigError: A prompt is empty, or with its new tokens exceeds the model's context; a raw prompt gets a system
+            message.
         LockedError: See `turns.turn`.
     """
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
-    questions = _questions(answering, rows)
+    questions = _questions(answering, rows, system)
     requests = [
         (adapter, adapter.renderer.prompt(question.prompt, row.where, question.tools, question.arguments))
         for adapter, question, row in zip(answering, questions, rows, strict=True)
@@ -128,15 +131,23 @@ def names(selection: Selection, rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[Question]:
-    """The prompts of the rows; text becomes a user turn if the row's adapter was trained on conversations."""
+def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row], system: str | None) -> list[Question]:
+    """The prompts of the rows, see `LoadedAdapter.turns`; a line tells which system messages of training are used."""
     questions = [parse_question(row, adapter.data) for adapter, row in zip(answering, rows, strict=True)]
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", where) for where in empty])
-    return [
-        replace(question, prompt=adapter.turns(question.prompt))
-        for adapter, question in zip(answering, questions, strict=True)
-    ]
+    found, notes = list[Question](), dict[str, None]()
+    for adapter, question, row in zip(answering, questions, rows, strict=True):
+        prompt = adapter.turns(question.prompt, adapter.system if system is None else system)
+        if system and isinstance(prompt, str):
+            what = f"{adapter.where} was trained on raw prompts, which have no system message"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, row.where, "--system", "leave it out"))
+        if system is None and len(prompt) > len(adapter.turns(question.prompt, "")):
+            notes[adapter.system_note] = None
+        found.append(replace(question, prompt=prompt))
+    for line in notes:
+        note(line)
+    return found
 
 
 def _check_lengths(requests: Sequence[Request], rows: Sequence[Row], max_new_tokens: int) -> None:

@@ -96,6 +96,7 @@ def merge(
         ConfigError, DataError, ResourceError, LockedError: See `OutputDirectory.staged`, `loading.load`, `texts`.
     """
     load.check_machine(adapter.base)
+    adapter.note_system()
     for line in attach.unknown_keys(adapter.files):
         note(line)
     with loading.finding_base(adapter):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from loratune.adapter.directory import SYSTEM
 from loratune.codes import Code
 from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
 from loratune.events import note
@@ -17,7 +18,9 @@ from loratune.model import source
 from loratune.system.directories import ROW_HASHES
 
 
-def push(adapter: AdapterFiles, repository: str, *, public: bool, base: str | None) -> Upload:
+def push(
+    adapter: AdapterFiles, repository: str, *, public: bool, base: str | None, with_system: bool = False
+) -> Upload:
     """Check an adapter, upload it, and verify the upload.
 
     Args:
@@ -25,6 +28,7 @@ def push(adapter: AdapterFiles, repository: str, *, public: bool, base: str | No
         repository: USER/NAME.
         public: Whether to make the repository public.
         base: The base's name on the hub, if the adapter names it by a local path.
+        with_system: Whether the system message of the training rows is uploaded.
 
     Raises:
         AdapterError: See `portable.copy`, `hub.upload`; files have changed since the adapter was saved.
@@ -38,9 +42,12 @@ def push(adapter: AdapterFiles, repository: str, *, public: bool, base: str | No
     if not adapter.record:
         note(f"{adapter.path}: keeps no record of its files and its base, so neither was verified")
     with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
-        copy = portable.copy(adapter, Path(scratch) / "copy", repository, _base_on_hub(adapter, base))
+        place, named = Path(scratch) / "copy", _base_on_hub(adapter, base)
+        copy = portable.copy(adapter, place, repository, named, with_system=with_system)
         if adapter.record.get(portable.PROMPTS):
             note("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
+        if adapter.record.get(SYSTEM) and not with_system:
+            note("the system message of the training rows is left out of loratune.json; --with-system uploads it")
         if ROW_HASHES in adapter.states:
             note(f"{ROW_HASHES}, hashes of the training rows, is left out")
         with hub.explained(repository):

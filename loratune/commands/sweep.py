@@ -57,14 +57,14 @@ class SweepResult:
     Attributes:
         results: The trials.
         directory: The directory of the study.
-        example_prompt: What to try the adapter with, as arguments of `loratune generate`.
+        example_command: The command that tries the adapter, see `card.example_command`.
         stop: The signal that ended the sweep, if any.
         notes: Lines on remaining trials and files.
     """
 
     results: StudyResults
     directory: Path
-    example_prompt: str
+    example_command: str
     stop: KeyboardInterrupt | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -300,9 +300,9 @@ class Sweep:
         results.write(self.directory)
         if stop is None and running + waiting + results.count(DONE) == 0:
             raise _nothing(results)
-        split = self.run.rows
-        prompt = card.example_prompt(split.train) if split is not None else "PROMPT"
-        return SweepResult(results, self.directory, prompt, stop, notes)
+        rows = self.run.rows.train if self.run.rows is not None else None
+        command = card.example_command(str(self.run.directory.output), rows, self.run.system)
+        return SweepResult(results, self.directory, command, stop, notes)
 
     def _publish(self, winner: TrialResult) -> bool:
         """Copy the best adapter to the output directory atomically.

@@ -200,11 +200,11 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     assert rows is not None
     plan.datasets.tokenizer.save_pretrained(staging)
     (staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
-    prompt, known = card.example_prompt(rows.train), not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
+    system, known = plan.run.system, not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
     loader, quantized = checks.auto_class(plan.base.config).__name__, plan.base.quantized
     use = partial(clients.sections, loader=loader, quantized=quantized, in_vllm=plan.servers["vllm"])
     lines = card.CardLines(
-        use=use(plan.config, name, prompt, are_layers_known=known),
+        use=use(plan.config, name, card.example_command(name, rows.train, system), are_layers_known=known),
         verdict=trained.headline,
         gain=str(trained.gain),
         forgetting=str(trained.forgetting or ""),
@@ -212,10 +212,11 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
         behavior=str(trained.behavior or ""),
         held_out=trained.held_out,
         formats=rows.train.formats,
-        example=card.example(rows.train),
+        example=card.example(rows.train, system),
         changes=plan.checkpoints.record.changes,
         objective=preferences.described(plan.config),
         processes=plan.group.count,
+        has_system=bool(system),
     )
     text = card.model_card(plan.config.resolved(), trained.metrics, name, lines)
     (staging / "README.md").write_text(text, encoding="utf-8")
@@ -246,6 +247,8 @@ def _record(plan: Plan, trained: TrainedAdapter) -> dict[str, Any]:
     }
     if plan.targets.parameters:
         record["target_parameters"] = parameters.wrapped_parameters(plan.model)
+    if system := plan.run.system:
+        record["system"] = system
     if start is not None:
         adapter = {"adapter": str(start.info.files.path), "digest": start.digest, "replay": datasets.replay}
         record["start_from"] = adapter

@@ -1,6 +1,7 @@
 """The first pass over the data: every row of every file is read, checked and added to an index.
 
-The index has six numbers per row (48 bytes): hashes of its content, prompt, completion and group, and its line.
+The index has seven numbers per row (56 bytes): hashes of its content, prompt, completion, group and system message,
+and its line.
 """
 
 import difflib
@@ -30,10 +31,11 @@ from loratune.events import Advance, reading
 RowMask: TypeAlias = NDArray[np.bool_]
 """(rows,) bool: the selected rows."""
 
-EXACT, FOLDED, LINE, PROMPT, COMPLETION, GROUP = range(6)
+COLUMNS = 7
+EXACT, FOLDED, LINE, PROMPT, COMPLETION, GROUP, SYSTEM = range(COLUMNS)
 """The columns of the index: a hash of the content, a hash of the content with white space folded, the line or row, and
-hashes of the prompt, the completion and the value of `group_by`. For a row without a prompt, or without a value to
-group by, that hash is replaced by the folded hash of the content.
+hashes of the prompt, the completion, the value of `group_by` and the system message. For a row without a prompt, or
+without a value to group by, that hash is replaced by the folded hash of the content; without a system message, by 0.
 """
 
 CONTENT_HASH = "blake2b-64 of content_key, 1"
@@ -66,7 +68,7 @@ class RowIndex:
     Attributes:
         files: The files that have rows.
         counts: The number of rows of each source.
-        columns: (rows, 6); for the columns see `EXACT`.
+        columns: (rows, 7); for the columns see `EXACT`.
         invalid: Report on the invalid rows that were dropped; None if such rows are an error.
         empty: The names of files without rows, unless only a slice is read.
     """
@@ -145,7 +147,7 @@ def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, grou
                 raise no_rows_error(source, "; ".join(invalid.reasons()) if invalid else "")
             files += found
             empty += [part.name for part, file in zip(parts, indexed, strict=True) if not (file or source.split)]
-    columns = np.frombuffer(indexer.numbers, dtype=np.int64).reshape(-1, 6)
+    columns = np.frombuffer(indexer.numbers, dtype=np.int64).reshape(-1, COLUMNS)
     if group_by is not None and bool((columns[:, GROUP] == columns[:, FOLDED]).all()):
         raise _no_groups_error(files, group_by)
     return RowIndex(tuple(files), tuple(counts), columns, invalid, tuple(empty))
@@ -172,7 +174,7 @@ class _Indexer:
 
     def add_file(self, source: RowSource, advance: Advance) -> IndexedFile | None:
         """Index one file; None if it has no rows."""
-        start, parser, first = len(self.numbers) // 6, None, ""
+        start, parser, first = len(self.numbers) // COLUMNS, None, ""
         problems: list[Problem] = []
         try:
             for row in source.rows(advance):
@@ -195,7 +197,9 @@ class _Indexer:
             problems += error.problems
         if problems:
             raise DataError(reported(problems, source.name))
-        return None if parser is None else IndexedFile(source, parser, start, len(self.numbers) // 6 - start, first)
+        return (
+            None if parser is None else IndexedFile(source, parser, start, len(self.numbers) // COLUMNS - start, first)
+        )
 
     def _add(self, example: Example, row: Row) -> None:
         """Add a row. Raises RowError: its value of `group_by` cannot be read."""
@@ -205,7 +209,8 @@ class _Indexer:
         group = group_key(row.values, self.group_by) if self.group_by is not None else None
         prompt_hash, group_hash = (folded if key is None else _hash(key) for key in (prompt, group))
         completion = _hash(completion_key(example, loss_on))
-        self.numbers.extend((exact, folded, int(line_of(row.where)), prompt_hash, completion, group_hash))
+        system = _hash(text.encode()) if (text := formats.system_message(example)) else 0
+        self.numbers.extend((exact, folded, int(line_of(row.where)), prompt_hash, completion, group_hash, system))
 
 
 def _hash(content: bytes) -> int:

@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import PAIRS, UNPAIRED, Example, quote, sides
+from loratune.data.formats import PAIRS, UNPAIRED, Example, quote, sides, system_message
 from loratune.data.formats.recognition import CHAT_FORMATS, PREFERENCE_FORMATS
 from loratune.data.holding_out import hold_out, mix_counts, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
-from loratune.data.row_index import CONTENT_HASH, EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows
+from loratune.data.row_index import CONTENT_HASH, EXACT, FOLDED, LINE, SYSTEM, RowIndex, RowMask, index_rows
 from loratune.data.sources import GivenRows, left_out
 from loratune.data.sources.files import FileSlice
 from loratune.data.sources.rows import Row, place_in_cache, to_json_line
@@ -108,6 +108,17 @@ class DatasetSplit:
     def chat(self) -> bool:
         """Whether rows go through the chat template."""
         return not CHAT_FORMATS.isdisjoint(self.formats)
+
+    @cached_property
+    def system(self) -> str:
+        """The system message that all rows have, which is read again; empty if there is none. Raises as `examples`."""
+        hashes = self.hashes(SYSTEM)
+        return system_message(next(self.examples())) if hashes[0] and (hashes == hashes[0]).all() else ""
+
+    @property
+    def rows_without_system(self) -> int:
+        """How many rows have no system message."""
+        return int(np.count_nonzero(self.hashes(SYSTEM) == 0))
 
     def remarks(self) -> list[str]:
         """Lines on the files if there are several, the notes, and the fields that are not read."""

@@ -180,7 +180,7 @@ def llama_server(file: Path, base: str | None, *, chat: bool | None = None, argu
 def sections(
     run: RunConfig,
     name: str,
-    prompt: str,
+    example: str,
     *,
     are_layers_known: bool,
     loader: str = LOADER,
@@ -192,14 +192,13 @@ def sections(
     Args:
         run: The config of its run.
         name: The name of the adapter directory.
-        prompt: An example prompt, or a file of rows, as arguments of `loratune generate`.
+        example: The command that tries it, see `card.example_command`.
         are_layers_known: Whether llama.cpp supports adapters for the adapted kinds of layers.
         loader: The class of transformers that loads the base.
         quantized: The method by which the files of the base hold it quantized.
         in_vllm: What vLLM does with the adapter, see `served.servers`; None: it applies it unchanged.
     """
-    command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
-    blocks = [f"{code_block(_peft(run, name, loader), 'python')}\n\nor {command}"]
+    blocks = [f"{code_block(_peft(run, name, loader), 'python')}\n\nor {code_span(f'loratune {example}')}"]
     if quantized:
         text = f"The files of the base are quantized ({quantized}). Where transformers cannot load them, use "
         blocks[0] += f"\n\n{text}{code_span(f'loratune merge --adapter {shell_word(name)} --output MODEL')} instead."

@@ -15,7 +15,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, DataError, Problem
-from loratune.text import shell_word
+from loratune.text import beginning, shell_word
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
 _WORDS = re.compile("|".join((_SYSTEM, _USER, _ANSWER, _NEXT)))
@@ -97,13 +97,14 @@ class Modelfile:
         return [("template", rendered), *(("note", note) for note in self.notes), ("Ollama", "itself was not run")]
 
 
-def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
+def modelfile(renderer: Renderer, file: str, *, chat: bool, system: str = "") -> Modelfile:
     """The Modelfile of a model.
 
     Args:
         renderer: Renders the rows of the adapter.
         file: The GGUF file in the same directory.
         chat: Whether the adapter was trained on conversations; otherwise prompts are passed on unchanged.
+        system: The system message of conversations without one; empty for that of the chat template, if it has one.
 
     Raises:
         AdapterError: No equivalent Ollama template was found.
@@ -116,14 +117,30 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
             notes.append("system messages are left out of prompts: the chat template takes none, or not in one place")
         if _rendered(renderer, [{"role": "user", "content": _USER}], _TOOLS) is not None:
             notes.append(f"tools are left out of prompts, which the chat template renders: {_ALTERNATIVE}")
-        if turns.default:
-            lines.append(f"SYSTEM {_quoted(turns.default)}")
+        own = _system_in_file(renderer, turns, system) if system else ""
+        if spelled := own or turns.default:
+            lines.append(f"SYSTEM {_quoted(spelled)}")
+        if system:
+            what = f"the system message of the training rows, {beginning(system)}, is"
+            missing = "not in the Modelfile, which cannot hold it: give it in each request"
+            notes.append(f"{what} {'in the Modelfile' if own else missing}")
     else:
         lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
         notes.append("the adapter was trained on raw text, so prompts are passed on unchanged")
     stops = dict.fromkeys(renderer.tokenizer.convert_ids_to_tokens(sorted(renderer.end_ids)))
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     return Modelfile("\n".join(lines) + "\n", compared, tuple(notes))
+
+
+def _system_in_file(renderer: Renderer, turns: Turns, system: str) -> str:
+    """A system message as a Modelfile gives it to the template, so that a prompt is rendered as by the chat template;
+    empty if it cannot."""
+    question = {"role": "user", "content": _USER}
+    expected = _rendered(renderer, [{"role": "system", "content": system}, question])
+    for text in (system, system.strip()) if turns.system is not None else ():
+        if not _problem(text) and turns.render([{"role": "system", "content": text}, question]) == expected:
+            return text
+    return ""
 
 
 def commands(name: str, file: Path) -> list[str]:
@@ -175,16 +192,24 @@ def _infer(bare: str, system: str | None) -> Turns:
 def _check(renderer: Renderer, turns: Turns) -> int:
     """Compare turns with the chat template. Raises AdapterError: they differ, or Ollama cannot parse the texts."""
     text = "".join((turns.begin, turns.ask, *(turns.system or ()), *turns.user, *turns.assistant))
-    if any(mark in text for mark in ("{{", "}}")) or '"""' in f"{text}{turns.default}":
-        raise _refused("it holds double braces or triple quotes, which have a meaning for Ollama")
-    if any(not character.isprintable() and character not in "\n\t" for character in f"{text}{turns.default}"):
-        raise _refused("it holds characters that Ollama leaves out of a Modelfile")
+    if any(mark in text for mark in ("{{", "}}")):
+        raise _refused("it holds double braces, which have a meaning for Ollama")
+    if what := _problem(f"{text}{turns.default}"):
+        raise _refused(f"it holds {what}")
     conversations = [*_conversations(with_system=turns.system is not None)]
     for messages in conversations:
         expected = _rendered(renderer, messages)
         if expected is None or turns.render(messages) != expected:
             raise _refused(f"it renders {expected!r} where Ollama would render {turns.render(messages)!r}")
     return len(conversations)
+
+
+def _problem(text: str) -> str:
+    """What of a text a Modelfile cannot hold; empty if there is nothing."""
+    if '"""' in text:
+        return "triple quotes, which have a meaning for Ollama"
+    is_kept = all(character.isprintable() or character in "\n\t" for character in text)
+    return "" if is_kept else "characters that Ollama leaves out of a Modelfile"
 
 
 def _conversations(*, with_system: bool) -> Iterator[list[dict[str, str]]]:

@@ -11,13 +11,14 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
 from loratune import config
+from loratune.adapter.directory import SYSTEM
 from loratune.codes import Code
 from loratune.config import RunConfig
 from loratune.errors import AdapterError, ConfigError, Problem
@@ -77,7 +78,7 @@ def portable(run: RunConfig, base: str) -> RunConfig:
     return config.with_paths(run, lambda key, path: base if key == _BASE else name(path))
 
 
-def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> PortableCopy:
+def copy(adapter: AdapterFiles, target: Path, repository: str, base: str, *, with_system: bool = False) -> PortableCopy:
     """Copy the files of an adapter to a new directory, without local paths, prompts and row hashes.
 
     Digests in the record are those of the new files.
@@ -87,6 +88,7 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
         target: The directory to create.
         repository: The name by which others will load it.
         base: The id of the base on the hub.
+        with_system: Whether the copy contains the system message of the training rows, which may be confidential.
 
     Raises:
         AdapterError: See `AdapterFiles.reading`; a file is not valid.
@@ -98,7 +100,9 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path / name, target / name)
     before = {name: sha256(target / name) for name in names}
-    _rewrite(adapter, target, repository, base)
+    left_out_keys = {PROMPTS} if with_system else {PROMPTS, SYSTEM}
+    record = {key: value for key, value in adapter.record.items() if key not in left_out_keys}
+    _rewrite(replace(adapter, record=record), target, repository, base)
     files = {name: sha256(target / name) for name in names}
     changed = tuple(name for name in names if files[name] != before[name])
     return PortableCopy(target, base, files, changed, left_out)
@@ -117,10 +121,13 @@ def _contents(adapter: AdapterFiles) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _rewrite(adapter: AdapterFiles, target: Path, repository: str, base: str) -> None:
-    """Replace the paths in the files of a copy; the record is last, as it contains the digests of the others."""
+    """Replace the paths in the files of a copy; the record is last, as it contains the digests of the others.
+
+    adapter: The adapter, with the record that is to be published.
+    """
     run: RunConfig | None = _read(adapter, target, RUN, lambda text: config.parse(text, RUN))
     tokenizer, card = _read(adapter, target, TOKENIZER, json.loads), _read(adapter, target, CARD, str)
-    record = {key: value for key, value in adapter.record.items() if key != PROMPTS}
+    record = adapter.record
     paths = _Paths(adapter, run, [record, adapter.config, tokenizer], repository, base)
     write_json(target / CONFIG_FILE, paths.replaced(adapter.config) | {"base_model_name_or_path": base})
     if run is not None:

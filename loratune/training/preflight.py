@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from loratune import config, data
-from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.directory import MOST_SYSTEM, AdapterDirectory
 from loratune.codes import Code
 from loratune.config import RunConfig, Source
 from loratune.data import RawDatasets, splits
@@ -68,6 +68,14 @@ class Run:
     rows: RawDatasets | None
     resume_point: ResumePoint | None = None
     start: StartAdapter | None = None
+
+    @property
+    def system(self) -> str:
+        """The system message that all training rows have, replayed ones too; empty if there is none, or too long."""
+        rows = [self.rows]
+        rows += [self.start.rows] if self.start is not None and self.config.data.replay is not None else []
+        found = {one.train.system if one is not None else "" for one in rows}
+        return next(iter(found)) if len(found) == 1 and max(map(len, found)) <= MOST_SYSTEM else ""
 
 
 _POINT = TypeAdapter(ResumePoint | None)

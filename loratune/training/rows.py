@@ -25,6 +25,7 @@ from loratune.errors import ConfigError, DataError, ModelError, Problem, Resourc
 from loratune.lora.initialize import START_KEY as KEY
 from loratune.model import load
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
+from loratune.text import beginning
 from loratune.training.preflight import Run, StartAdapter
 
 _FEWEST_UNRELATED_TOKENS = 16
@@ -142,6 +143,9 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
             remarks[name] += [*split.remarks(), *filter(None, [splits[name].rows.remark])]
             remarks[name] += remarks_on_weights(splits[name].rows.weights)
         train = run.rows.train
+        if run.system:
+            what = f"all rows have the system message {beginning(run.system)}"
+            remarks["train"].append(f"{what}; generate and chat will use it")
         if section.stride and not any(split.report.split_rows for split in splits.values()):
             remarks["train"].append("data.stride has no effect, as no row is split into blocks")
         if section.prompt_loss_weight and train.formats == ["text"]:

@@ -147,6 +147,13 @@ def sides(example: Example) -> tuple[Single, ...]:
     return (example.answer,) if isinstance(example, UnpairedPreference) else (example,)
 
 
+def system_message(example: Example) -> str:
+    """The system message with which all parts of an example begin; empty if there is none, or it has other fields."""
+    first = [side.messages[0] if isinstance(side, Conversation) else {} for side in sides(example)]
+    text: str = first[0].get("content", "")
+    return text if all(one == {"role": "system", "content": text} for one in first) else ""
+
+
 def no_loss_reason(example: Single, loss_on: str) -> str | None:
     """Why no token of an example is supervised, as far as is known without a tokenizer; None if one is."""
     if isinstance(example, Plain):
