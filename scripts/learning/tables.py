@@ -222,7 +222,7 @@ def early(results: Sequence[Result]) -> str:
     """Spearman's correlation, over rates, of validation losses after a tenth, three tenths and a half of the steps with
     held-out losses at the end; and how much more loss the better of the two rates has that are first then."""
     lines = []
-    own = [one for one in runs(results) if "held_out" in one]
+    own = [one for one in runs(results) if isinstance(one.get("held_out"), list)]
     for task in sorted({one["task"] for one in own}):
         these = [one for one in own if one["task"] == task]
         last = np.array([one["rows_loss"] for one in these])
@@ -346,7 +346,7 @@ def few(results: Sequence[Result]) -> str:
     each row of the table."""
     bases = {one["name"]: one for one in results if "settings" not in one}
     groups: dict[tuple[str, int, str], dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for one in (one for one in runs(results) if "held_out" in one):
+    for one in (one for one in runs(results) if isinstance(one.get("held_out"), int)):
         modules = "all-linear" if one["settings"].get("lora.target_modules") == "all-linear" else "q, k, v, o"
         groups[one["task"], one["rows"], modules][one["settings"]["training.num_train_epochs"]].append(one)
     columns = sorted({passes for found in groups.values() for passes in found})
