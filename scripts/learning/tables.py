@@ -374,6 +374,23 @@ def few(results: Sequence[Result]) -> str:
     return markdown(["task", "rows", "targets", *(f"{passes:g} passes" for passes in columns)], lines)
 
 
+def starts(results: Sequence[Result]) -> str:
+    """Runs that start from an adapter: held-out losses of both tasks, and how much that on unrelated text rises."""
+    before = {one["task"]: one for one in results if one["name"].startswith("start ")}
+    groups: dict[tuple[str, str, float, float], list[Result]] = defaultdict(list)
+    for one in (one for one in runs(results) if "start" in one):
+        replay, rate = one["settings"].get("data.replay", 0.0), one["settings"][RATE]
+        groups[one["start"]["task"], one["task"], replay, -rate].append(one)
+    rows = []
+    for (earlier, task, replay, rate), own in sorted(groups.items()):
+        old, means = before[earlier], {key: np.mean([one[key] for one in own]) for key in own[0] if key[-5:] == "_loss"}
+        rows.append(
+            [f"{earlier} → {task}", f"{replay:g}", f"{-rate:.2g}", str(len(own)), f"{means['rows_loss']:.3f}",
+             f"{old['rows_loss']:.3f} → {means['earlier_loss']:.3f}", f"{means['text_loss'] - old['text_loss']:+.3f}"]
+        )  # fmt: skip
+    return markdown(["tasks", "replay", "rate", "seeds", "loss", "earlier task", "unrelated text"], rows)
+
+
 def document(results: Sequence[Result]) -> str:
     """Markdown tables of all experiments that have results."""
     parts = {
@@ -389,6 +406,7 @@ def document(results: Sequence[Result]) -> str:
         "Weights averaged over the last steps": averages(results),
         "Epochs and rows": lengths(results),
         "Few rows": few(results),
+        "Starting from an adapter": starts(results),
         "Passes with all linear layers": compared(
             [one for one in runs(results) if one["settings"].get("lora.target_modules") == "all-linear"],
             ["lora.target_modules", "lora.r", "training.num_train_epochs"],
