@@ -214,11 +214,12 @@ STARTS = (("spelling", "spelling"), ("spelling", "docstrings"), ("classes", "spe
 def _start() -> Iterator[Spec]:
     """The rate of a run that starts from an adapter, as parts of the rate of a fresh one; some with earlier rows."""
     some: dict[str, Any] = {"rows": 100, "training__num_train_epochs": 2.0, "retention__kl_weight": 1.0}
-    replayed = [(pair, 1, part, 0.25) for pair in STARTS[1:] for part in (1, 4)]
-    second = [(pair, 2, part, None) for pair in STARTS for part in (1, 2, 4)]
     for (earlier, task), seed, part, replay in (
-        *((pair, 1, part, None) for part in (1, 4, 2, 10) for pair in STARTS), *replayed, *second,
-    ):  # fmt: skip
+        *((pair, 1, part, None) for part in (1, 4, 2) for pair in STARTS),
+        (STARTS[0], 1, 10, None),
+        *((pair, 1, part, 0.25) for pair in STARTS[1:] for part in (1, 4)),
+        *((STARTS[0], 2, part, None) for part in (1, 2, 4)),
+    ):
         mixed = {"data__replay": replay} if replay else {}
         yield spec(task, seed=seed, training__learning_rate=FORMULA / part, **some, **mixed) | {
             "skip": 100,
