@@ -220,7 +220,7 @@ def _start() -> Iterator[Spec]:
         *((pair, 1, part, 0.25) for pair in STARTS[1:] for part in (1, 4)),
         *((STARTS[0], 2, part, None) for part in (1, 2, 4)),
     ):
-        mixed = {"data__replay": replay} if replay else {}
+        mixed: dict[str, Any] = {"data__replay": replay} if replay else {}
         yield spec(task, seed=seed, training__learning_rate=FORMULA / part, **some, **mixed) | {
             "skip": 100,
             "start": spec(earlier, training__learning_rate=FORMULA, **some),
