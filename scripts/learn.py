@@ -109,7 +109,10 @@ def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Train
     output = work / "adapters" / name_of(one)
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".json")
-    file.write_text(json.dumps(config_of(one, paths, work, output)))
+    values = config_of(one, paths, work, output)
+    if "start" in one:
+        values["lora"]["start_from"] = str(_start(one["start"], work))
+    file.write_text(json.dumps(values))
     run = config.load(file)
     ready = preflight.check(run, run_dir.check(run.output_dir, overwrite=True))
     with averaging.observed(one.get("average", ()), _steps(one)) as averages:
@@ -121,6 +124,24 @@ def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Train
     return output, result, averaged
 
 
+def _files(one: Spec, work: Path) -> dict[str, Path]:
+    """The files of the rows of a run."""
+    return tasks.write(one["task"], work, one["rows"], one.get("held_out", tasks.HELD_OUT), one.get("skip", 0))
+
+
+def _start(one: Spec, work: Path) -> Path:
+    """The adapter that runs continue from, trained and scored when the first of them needs it."""
+    place, name = work / "adapters" / name_of(one), f"start {name_of(one)}"
+    with _taken(work / "taken" / name_of(one), wait=True):
+        paths = _files(one, work)
+        if not place.is_dir():
+            train(one, paths, work)
+        if name not in {entry["name"] for entry in recorded()}:
+            scores = score(place, paths["held_out"], unrelated_text(work), base=False, dtype="bfloat16")
+            _append({"name": name, "task": one["task"]} | scores)
+    return place
+
+
 def _steps(one: Spec) -> int:
     settings = TRAINING | {key.partition(".")[2]: value for key, value in one["settings"].items()}
     whole = int(-(-one["rows"] // settings["per_device_train_batch_size"]) * settings["num_train_epochs"])
@@ -128,7 +149,14 @@ def _steps(one: Spec) -> int:
 
 
 def score(
-    adapter: Path, held_out: Path, text: Path, *, base: bool, dtype: str = "float32", limit: int = 0
+    adapter: Path,
+    held_out: Path,
+    text: Path,
+    *,
+    base: bool,
+    dtype: str = "float32",
+    limit: int = 0,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """Nats and tokens of each held-out row and of each block of unrelated text, and of the base's own answers.
 
@@ -139,6 +167,7 @@ def score(
         base: Without the adapter.
         dtype: The dtype of the base.
         limit: The most tokens of an answer that is generated for each row; 0 for none.
+        earlier: The file of the held-out rows of the run that the adapter started from, if it did.
     """
     info = AdapterDirectory.open(adapter)
     loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": dtype})))
@@ -146,6 +175,7 @@ def score(
     found: dict[str, Any] = {} if base else _behavior(loaded)
     for name, path, section in (
         ("rows", held_out, loaded.data),
+        *([("earlier", earlier, loaded.data)] if earlier else []),
         ("text", text, loaded.data.model_copy(update={"format": "text", "columns": {}})),
     ):
         split = data.read_source(Source(path=str(path)), section)
@@ -230,12 +260,12 @@ def run(work: Path, only: Sequence[str], hours: float) -> None:
 
 
 @contextmanager
-def _taken(path: Path) -> Iterator[bool]:
-    """Inside, no other process has this run. Yields whether it was free."""
+def _taken(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Inside, no other process has this run. Yields whether it was free. wait: until it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
@@ -245,7 +275,7 @@ def _taken(path: Path) -> Iterator[bool]:
 def _measure(one: Spec, work: Path, text: Path) -> None:
     """Train a run, score it, and write the result down."""
     held_out = one.get("held_out", tasks.HELD_OUT)
-    paths, start = tasks.write(one["task"], work, one["rows"], held_out), time.monotonic()
+    paths, start = _files(one, work), time.monotonic()
     adapter, result, averaged = train(one, paths, work)
     middle = time.monotonic()
     base_name = f"base {one['model']} {one['task']}{f' {held_out}' if 'held_out' in one else ''}"
@@ -253,7 +283,8 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
         _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
     dtype = "bfloat16" if "retention.kl_weight" in one["settings"] else "float32"
     limit = ANSWERED.get(one["task"], 0) if "held_out" in one else 0
-    scores = score(adapter, paths["held_out"], text, base=False, dtype=dtype, limit=limit)
+    earlier = _files(one["start"], work)["held_out"] if "start" in one else None
+    scores = score(adapter, paths["held_out"], text, base=False, dtype=dtype, limit=limit, earlier=earlier)
     figures: dict[str, Any] = {
         "steps": result.steps,
         "tokens": result.tokens,
@@ -262,6 +293,8 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
     if one in EXPERIMENTS["early"]():
         held_out = [(entry["step"], entry["eval_loss"]) for entry in result.curve if "eval_loss" in entry]
         figures["held_out"] = [[int(step), loss] for step, loss in held_out if step]
+    if "start" in one:
+        figures["side_effects"] = dict(result.side_effects)
     for part, place in averaged.items():
         known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}
         _append(known | score(place, paths["held_out"], text, base=False))

@@ -33,9 +33,13 @@ SAVED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def decided(facts: Facts = FACTS, **sections: Any) -> RunConfig:
+def config_of(**sections: Any) -> RunConfig:
     values = {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c"} | sections
-    return auto.decide(RunConfig.model_validate(values), facts)[0]
+    return RunConfig.model_validate(values)
+
+
+def decided(facts: Facts = FACTS, **sections: Any) -> RunConfig:
+    return auto.decide(config_of(**sections), facts)[0]
 
 
 def rate(width: int = 2048, rows: int = 8, layers: int | None = 32, **lora: Any) -> float:
@@ -97,6 +101,26 @@ def test_more_epochs_lower_the_learning_rate() -> None:
     assert once > rate_of(num_train_epochs=3) > rate_of(num_train_epochs=4)
     assert [rate_of(max_steps=steps) for steps in (3, 20, 40)] == [once, once, rate_of(num_train_epochs=4)]
     assert rate_of(max_minutes=1, num_train_epochs=4) == once, "how many of them there is time for is not known yet"
+
+
+@pytest.mark.parametrize(("objective", "share"), [("sft", 1 / 2), ("dpo", 1), ("orpo", 1)])
+def test_a_run_that_starts_from_an_adapter_has_a_lower_learning_rate(objective: str, share: float) -> None:
+    """Also over many passes, and where it is suggested in place of a rate that was too high. Objectives that compare
+    answers have a lower one already."""
+    few = replace(FACTS, rows=80)
+    for training in ({}, {"num_train_epochs": 6}, {"max_steps": 50}, {"max_minutes": 1}):
+        new, continued = (
+            auto.decide_training(
+                config_of(lora=ATTENTION | {"start_from": start}, training={"objective": objective} | training), few
+            )[1]
+            for start in (None, "a")
+        )
+        rate, why = continued["training.learning_rate"]
+        assert rate == pytest.approx(share * new["training.learning_rate"][0], rel=0.05)
+        assert ("the one it continues from" in why) == (share < 1)
+    high = decided(few, lora=ATTENTION | {"start_from": "a"}, training={"objective": objective, "learning_rate": 0.1})
+    expected = decided(few, lora=ATTENTION | {"start_from": "a"}, training={"objective": objective}).training
+    assert auto.lower_rate(high, few) == expected.learning_rate
 
 
 def test_the_rank_grows_with_the_number_of_tokens() -> None:

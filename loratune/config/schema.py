@@ -100,7 +100,8 @@ class TrainingSection(Section):
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
         AUTO,
-        description="peak learning rate; auto: from the model's size, lora_alpha, rows per step, passes and targets",
+        description="peak learning rate; auto: from the model's size, lora_alpha, rows per step, passes and targets, "
+        "and lower where training continues from an adapter",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
         AUTO, description="passes over the data; auto: one, or two for few rows if only q, k, v, o are adapted"

@@ -207,6 +207,26 @@ def _few() -> Iterator[Spec]:
         ) | {"held_out": 500}  # fmt: skip
 
 
+STARTS = (("spelling", "spelling"), ("spelling", "docstrings"), ("classes", "spelling"))
+"""Tasks of the earlier run and of the one that continues from its adapter, which has other rows."""
+
+
+def _start() -> Iterator[Spec]:
+    """The rate of a run that starts from an adapter, as parts of the rate of a fresh one; some with earlier rows."""
+    some: dict[str, Any] = {"rows": 100, "training__num_train_epochs": 2.0, "retention__kl_weight": 1.0}
+    for (earlier, task), seed, part, replay in (
+        *((pair, 1, part, None) for part in (1, 4, 2) for pair in STARTS),
+        (STARTS[0], 1, 10, None),
+        *((pair, 1, part, 0.25) for pair in STARTS[1:] for part in (1, 4)),
+        *((STARTS[0], 2, part, None) for part in (1, 2, 4)),
+    ):
+        mixed: dict[str, Any] = {"data__replay": replay} if replay else {}
+        yield spec(task, seed=seed, training__learning_rate=FORMULA / part, **some, **mixed) | {
+            "skip": 100,
+            "start": spec(earlier, training__learning_rate=FORMULA, **some),
+        }
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "rate": _rate,
     "lower": _lower,
@@ -226,4 +246,5 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "prompt": _prompt,
     "weight": _weight,
     "few": _few,
+    "start": _start,
 }

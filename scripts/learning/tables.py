@@ -222,7 +222,7 @@ def early(results: Sequence[Result]) -> str:
     """Spearman's correlation, over rates, of validation losses after a tenth, three tenths and a half of the steps with
     held-out losses at the end; and how much more loss the better of the two rates has that are first then."""
     lines = []
-    own = [one for one in runs(results) if "held_out" in one]
+    own = [one for one in runs(results) if isinstance(one.get("held_out"), list)]
     for task in sorted({one["task"] for one in own}):
         these = [one for one in own if one["task"] == task]
         last = np.array([one["rows_loss"] for one in these])
@@ -346,7 +346,7 @@ def few(results: Sequence[Result]) -> str:
     each row of the table."""
     bases = {one["name"]: one for one in results if "settings" not in one}
     groups: dict[tuple[str, int, str], dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for one in (one for one in runs(results) if "held_out" in one):
+    for one in (one for one in runs(results) if isinstance(one.get("held_out"), int)):
         modules = "all-linear" if one["settings"].get("lora.target_modules") == "all-linear" else "q, k, v, o"
         groups[one["task"], one["rows"], modules][one["settings"]["training.num_train_epochs"]].append(one)
     columns = sorted({passes for found in groups.values() for passes in found})
@@ -374,6 +374,23 @@ def few(results: Sequence[Result]) -> str:
     return markdown(["task", "rows", "targets", *(f"{passes:g} passes" for passes in columns)], lines)
 
 
+def starts(results: Sequence[Result]) -> str:
+    """Runs that start from an adapter: held-out losses of both tasks, and how much that on unrelated text rises."""
+    before = {one["task"]: one for one in results if one["name"].startswith("start ")}
+    groups: dict[tuple[str, str, float, float], list[Result]] = defaultdict(list)
+    for one in (one for one in runs(results) if "start" in one):
+        replay, rate = one["settings"].get("data.replay", 0.0), one["settings"][RATE]
+        groups[one["start"]["task"], one["task"], replay, -rate].append(one)
+    rows = []
+    for (earlier, task, replay, rate), own in sorted(groups.items()):
+        old, means = before[earlier], {key: np.mean([one[key] for one in own]) for key in own[0] if key[-5:] == "_loss"}
+        rows.append(
+            [f"{earlier} → {task}", f"{replay:g}", f"{-rate:.2g}", str(len(own)), f"{means['rows_loss']:.3f}",
+             f"{old['rows_loss']:.3f} → {means['earlier_loss']:.3f}", f"{means['text_loss'] - old['text_loss']:+.3f}"]
+        )  # fmt: skip
+    return markdown(["tasks", "replay", "rate", "seeds", "loss", "earlier task", "unrelated text"], rows)
+
+
 def document(results: Sequence[Result]) -> str:
     """Markdown tables of all experiments that have results."""
     parts = {
@@ -389,6 +406,7 @@ def document(results: Sequence[Result]) -> str:
         "Weights averaged over the last steps": averages(results),
         "Epochs and rows": lengths(results),
         "Few rows": few(results),
+        "Starting from an adapter": starts(results),
         "Passes with all linear layers": compared(
             [one for one in runs(results) if one["settings"].get("lora.target_modules") == "all-linear"],
             ["lora.target_modules", "lora.r", "training.num_train_epochs"],

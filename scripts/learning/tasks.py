@@ -149,20 +149,25 @@ def build(task: str, work: Path, held_out: int = HELD_OUT) -> dict[str, list[Row
     return {"held_out": rows[: ends[0]], "validation": rows[ends[0] : ends[1]], "train": rows[ends[1] :]}
 
 
-def write(task: str, work: Path, train_rows: int, held_out: int = HELD_OUT) -> dict[str, Path]:
-    """The files of a task, with so many training rows; each is written once. held_out: as in `build`."""
+def write(task: str, work: Path, train_rows: int, held_out: int = HELD_OUT, skip: int = 0) -> dict[str, Path]:
+    """The files of a task, with so many training rows; each is written once.
+
+    held_out: as in `build`.
+    skip: how many training rows stand before these.
+    """
     if task == "quickstart" and held_out == HELD_OUT:
         shipped = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
         return {"train": shipped / "train.jsonl", "held_out": shipped / "eval.jsonl"}
-    directory = work / "tasks" / (f"{task}-{train_rows}" + (f"-{held_out}" if held_out != HELD_OUT else ""))
+    parts = [task, train_rows, *([held_out] if held_out != HELD_OUT else []), *(["after", skip] if skip else [])]
+    directory = work / "tasks" / "-".join(map(str, parts))
     paths = {name: directory / f"{name}.jsonl" for name in ("held_out", "validation", "train")}
     if not all(path.is_file() for path in paths.values()):
         directory.mkdir(parents=True, exist_ok=True)
-        parts = quickstart(work, held_out) if task == "quickstart" else build(task, work, held_out)
-        for name, rows in parts.items():
-            if name == "train" and len(rows) < train_rows:
-                sys.exit(f"{task} has {len(rows)} training rows, not {train_rows}")
-            kept = rows[:train_rows] if name == "train" else rows
+        built = quickstart(work, held_out) if task == "quickstart" else build(task, work, held_out)
+        for name, rows in built.items():
+            if name == "train" and len(rows) < skip + train_rows:
+                sys.exit(f"{task} has {len(rows)} training rows, not {skip + train_rows}")
+            kept = rows[skip : skip + train_rows] if name == "train" else rows
             paths[name].write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     return paths
 
