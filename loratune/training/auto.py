@@ -51,17 +51,17 @@ _RATE_OF_MORE = 0.77
 SmolLM2-135M, all linear layers (scripts/learning/README.md): of 1.6e-3 and 2.6e-3 neither is better on all tasks, and
 the lower one keeps more of the base; this is between them."""
 _ATTENTION = frozenset("qkvo")
-_PASSES_OF_ATTENTION, _PASSES_OF_MORE = 2.0, 1.0
-"""Passes over few rows, and those after which a time budget ends: with adapters on q, k, v and o alone, and on more.
+_FEW_STEPS, _SOME_STEPS = 100, 500
+"""The most steps of a run that reads its rows four times, and of one that reads them twice, which is for adapters on q,
+k, v and o alone; with more steps they are read once.
 
-SmolLM2-135M, r = 8, at the rate of one pass (scripts/README.md): with q, k, v and o, two passes over 200 to 400 rows
-had 0.6 to 22 % less loss than one on five tasks, and three or four more than two. With all linear layers, two passes
-over 200 to 1,000 rows had 1.6 to 55 % more than one on six sets of rows of eight, and less on dialogue, by 1 %, and on
-1,000 rows of classes."""
-_STEPS_OF_TWO_PASSES = 500
-"""Steps of a run that reads few rows twice; with more steps they are read once. With 250 steps two passes over 1,000
-rows are better by 2 % or more; with 1,000 over 4,000 rows of classes by 22 %, from 0.12 to 0.09 nats; with 1,250 over
-5,000 rows of spelling by nothing. They take twice the time, so where the limit lies is a choice."""
+SmolLM2-135M, r = 8, q, k, v and o, with retention (scripts/learning/README.md, Few rows), four passes at half of the
+rate against two at the whole one, five tasks: over 50 and 100 rows 15 to 39 % less loss on the quickstart's rows, 1 %
+less to 3 % more on the others; over 400 rows 0.5 to 12 % more on four of them. With 250 steps two passes over 1,000
+rows are better than one by 2 % or more; with 1,000 over 4,000 rows of classes by 22 %, from 0.12 to 0.09 nats; with
+1,250 over 5,000 rows of spelling by nothing. They take twice the time, so where the limit of two lies is a choice, and
+that of four is between 100 and 400 rows. With all linear layers, two passes over 200 to 1,000 rows had more loss than
+one on six sets of rows of eight; over 96 rows of the quickstart four at a quarter of the rate had 25 % less."""
 _TARGETS, _WHY_TARGETS = "all-linear", "2 to 4 % less loss than q, k, v and o on four of five tasks, more parameters"
 """SmolLM2-135M, r = 8, each at the better of two rates (scripts/learning/README.md, Targets and rank): 2.1 to 3.7 %
 less. On the fifth task, classes, the difference is within its interval. The MLP holds most of the parameters."""
@@ -170,13 +170,12 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
             training = training.model_copy(update={key: value})
             found[f"training.{key}"] = value, why
 
+    passes = _best_passes(training, run.lora, facts)
     if training.max_minutes is not None and training.num_train_epochs == AUTO:
-        training = training.model_copy(update={"num_train_epochs": most_passes(run.lora)})
+        most = max(_full_rate_passes(run.lora), passes)
+        training = training.model_copy(update={"num_train_epochs": most})
     elif training.max_steps < 0:
-        steps, most = _steps_of_pass(training, facts), most_passes(run.lora)
-        epochs = most if most * steps <= _STEPS_OF_TWO_PASSES else 1.0
-        why = "; more overfit, with adapters on more than q, k, v and o" if most == 1 else ""
-        choose("num_train_epochs", epochs, f"{steps:,} step{'s' if steps > 1 else ''} in each{why}")
+        choose("num_train_epochs", passes, _why_passes(passes, _steps_of_pass(training, facts)))
     if training.learning_rate == AUTO:
         unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
         if training.optim not in _ADAPTIVE or facts.hidden_size is None:
@@ -249,33 +248,28 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
     return float(f"{min(rate, _MOST_RATE):.2g}"), why
 
 
-def most_passes(lora: LoraSection) -> float:
-    """The number of passes over few rows; see `_PASSES_OF_ATTENTION`. lora: a section without `auto`."""
-    return _PASSES_OF_ATTENTION if _is_attention(lora) else _PASSES_OF_MORE
-
-
 def _is_attention(lora: LoraSection) -> bool:
     """Whether only q, k, v and o get adapters. lora: a section without `auto`."""
     names = lora.target_modules if isinstance(lora.target_modules, list) else [""]
     return not lora.target_parameters and all(name.removesuffix("_proj") in _ATTENTION for name in names)
 
 
-def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tuple[float, str]:
-    """The rate for rows that are read several times, and why: that of one pass for as many as `most_passes`, and a
-    quarter of it for four.
+def _full_rate_passes(lora: LoraSection) -> float:
+    """The passes over which the rate is that of one. lora: a section without `auto`."""
+    return 2.0 if _is_attention(lora) else 1.0
 
-    SmolLM2-135M (scripts/learning/README.md): with q, k, v and o, over two passes half of the rate had 0.2 % less loss
-    on one task and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more
-    than half. With all linear layers, over two passes half of it had 0.5 to 33 % less on five of eight sets of rows,
-    and 0 to 35 % more on three.
+
+def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tuple[float, str]:
+    """The rate for rows that are read several times, and why: it falls with the number of passes. With q, k, v and o
+    alone it is that of one for two passes, and half of it for four, see `_FEW_STEPS`.
 
     Args:
         rate: The rate for one pass.
         why: The reason for it.
         passes: The number of passes over the rows.
-        lora: As in `most_passes`.
+        lora: A section without `auto`.
     """
-    share = min(1.0, max((most_passes(lora) / passes) ** 2, 1 / passes))
+    share = min(1.0, _full_rate_passes(lora) / passes)
     if share == 1:
         return rate, why
     return float(f"{rate * share:.2g}"), f"{rate:g}, less for {passes:.3g} passes; {why}"
@@ -288,6 +282,19 @@ def _passes(training: TrainingSection, facts: Facts) -> float:
     if training.max_steps > 0:
         return training.max_steps / _steps_of_pass(training, facts)
     return decided(training.num_train_epochs)
+
+
+def _best_passes(training: TrainingSection, lora: LoraSection, facts: Facts) -> float:
+    """How often rows are read; see `_FEW_STEPS`."""
+    steps = _steps_of_pass(training, facts)
+    if 4 * steps <= _FEW_STEPS:
+        return 4.0
+    return 2.0 if 2 * steps <= _SOME_STEPS and _is_attention(lora) else 1.0
+
+
+def _why_passes(passes: float, steps: int) -> str:
+    why = f"{steps:,} step{'s' if steps > 1 else ''} in each"
+    return f"{why}, as there are few rows; if it has not learned enough, try {2 * passes:g}" if passes > 1 else why
 
 
 def _steps_of_pass(training: TrainingSection, facts: Facts) -> int:

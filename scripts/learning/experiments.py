@@ -197,14 +197,37 @@ def few_rate(passes: float) -> float:
     return float(f"{FORMULA * min(1.0, max((2 / passes) ** 2, 1 / passes)):.2g}")
 
 
+FEW_TASKS = ("quickstart", "spelling", "dialogue", "docstrings", "mail")
+
+
+def _of_few(task: str, rows: int, seed: int, passes: float, rate: float) -> Spec:
+    """A run on few rows with retention, scored on 500 rows where there are as many."""
+    return spec(
+        task, rows=rows, seed=seed, training__num_train_epochs=passes, training__learning_rate=float(f"{rate:.2g}"),
+        retention__kl_weight=1.0,
+    ) | {"held_out": 500}  # fmt: skip
+
+
 def _few() -> Iterator[Spec]:
-    """How often few rows should be read, at the rate that `auto` takes for it, with retention."""
-    tasks = ("quickstart", "spelling", "dialogue", "docstrings", "mail")
-    for rows, seed, passes, task in itertools.product((100, 50, 400), (1, 2), (2.0, 4.0, 8.0, 1.0), tasks):
-        yield spec(
-            task, rows=rows, seed=seed, training__num_train_epochs=passes, training__learning_rate=few_rate(passes),
-            retention__kl_weight=1.0,
-        ) | {"held_out": 500}  # fmt: skip
+    """How often few rows should be read, at the rate that `auto` took for it on 2026-12-02, with retention."""
+    for rows, seed, passes, task in itertools.product((100, 50, 400), (1, 2), (2.0, 4.0, 8.0, 1.0), FEW_TASKS):
+        yield _of_few(task, rows, seed, passes, few_rate(passes))
+
+
+def _few_half() -> Iterator[Spec]:
+    """Four passes at twice the rate that `few` has for them, which is half of that of one pass; with further seeds."""
+    for (rows, seeds), task in itertools.product(((100, (1, 2, 3, 4, 5)), (50, (1, 2)), (400, (1,))), FEW_TASKS):
+        for seed in seeds:
+            yield _of_few(task, rows, seed, 4.0, FORMULA / 2)
+
+
+def _few_all() -> Iterator[Spec]:
+    """The same with adapters on all linear layers, and what `auto` took for these on 2026-12-02."""
+    rate = float(f"{0.77 * FORMULA:.2g}")
+    for (passes, share), task in itertools.product(((4.0, 0.5), (1.0, 1.0), (2.0, 1.0)), FEW_TASKS):
+        one = _of_few(task, 100, 1, passes, rate * share)
+        one["settings"]["lora.target_modules"] = "all-linear"
+        yield one | {"settings": dict(sorted(one["settings"].items()))}
 
 
 STARTS = (("spelling", "spelling"), ("spelling", "docstrings"), ("classes", "spelling"))
@@ -246,5 +269,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "prompt": _prompt,
     "weight": _weight,
     "few": _few,
+    "few_half": _few_half,
+    "few_all": _few_all,
     "start": _start,
 }
