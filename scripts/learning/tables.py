@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from learning.experiments import FORMULA
 from loratune.config import LoraSection
 from loratune.statistics import mean_ratio_interval
 from loratune.training import auto
@@ -341,37 +342,41 @@ def front(results: Sequence[Result]) -> str:
 
 
 def few(results: Sequence[Result]) -> str:
-    """Few rows by passes: the mean loss over seeds, the worst seed's share of right answers where there is one, and the
-    rise of the loss on unrelated text. The last line is the mean regret of a number of passes against the best of
-    each row of the table."""
+    """Few rows by passes and rate: the mean loss over seeds, the worst seed's share of right answers where there is
+    one, the rise of the loss on unrelated text, and the seeds. The last lines are the mean and the largest regret
+    against the best of each line of q, k, v and o, over the lines that have the column."""
     bases = {one["name"]: one for one in results if "settings" not in one}
-    groups: dict[tuple[str, int, str], dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, int, str], dict[tuple[float, float], list[Result]]]
+    groups = defaultdict(lambda: defaultdict(list))
     for one in (one for one in runs(results) if isinstance(one.get("held_out"), int)):
-        modules = "all-linear" if one["settings"].get("lora.target_modules") == "all-linear" else "q, k, v, o"
-        groups[one["task"], one["rows"], modules][one["settings"]["training.num_train_epochs"]].append(one)
-    columns = sorted({passes for found in groups.values() for passes in found})
-    lines, regrets = [], defaultdict[float, list[float]](list)
+        is_linear = one["settings"].get("lora.target_modules") == "all-linear"
+        share = round(8 * one["settings"][RATE] / (FORMULA * (0.77 if is_linear else 1))) / 8
+        column = one["settings"]["training.num_train_epochs"], -share
+        groups[one["task"], one["rows"], "all-linear" if is_linear else "q, k, v, o"][column].append(one)
+    columns = sorted({column for found in groups.values() for column in found})
+    lines, regrets = [], defaultdict[tuple[float, float], list[float]](list)
     for (task, rows, modules), found in sorted(groups.items()):
-        means = {passes: float(np.mean([one["rows_loss"] for one in own])) for passes, own in found.items()}
+        means = {column: float(np.mean([one["rows_loss"] for one in own])) for column, own in found.items()}
         least, cells = min(means.values()), list[str]()
-        for passes in columns:
-            if passes not in found:
+        for column in columns:
+            if column not in found:
                 cells.append(MISSING)
                 continue
-            own = found[passes]
-            if len(found) == len(columns):
-                regrets[passes].append(means[passes] / least - 1)
+            own = found[column]
+            if modules != "all-linear":
+                regrets[column].append(means[column] / least - 1)
             base = bases[f"base 135M {task} {own[0]['held_out']}"]["text_loss"]
             right = [float(unpacked(one["right"]).mean()) for one in own if "right" in one]
-            loss = f"**{means[passes]:.3f}**" if means[passes] == least else f"{means[passes]:.3f}"
+            loss = f"**{means[column]:.3f}**" if means[column] == least else f"{means[column]:.3f}"
             cells.append(
                 f"{loss}{f', {min(right):.0%}' if right else ''}, "
                 f"{np.mean([one['text_loss'] for one in own]) - base:+.2f} ({len(own)})"
             )
         lines.append([task, str(rows), modules, *cells])
-    mean = [f"{np.mean(regrets[passes]):.1%}" if regrets[passes] else MISSING for passes in columns]
-    lines.append(["mean regret", "", "", *mean])
-    return markdown(["task", "rows", "targets", *(f"{passes:g} passes" for passes in columns)], lines)
+    for name, of in (("mean regret", np.mean), ("largest", np.max)):
+        lines.append([name, "", "", *(f"{of(regrets[one]):.1%}" if regrets[one] else MISSING for one in columns)])
+    shown = {1.0: "", 0.5: ", 1/2 rate", 0.25: ", 1/4 rate", 0.125: ", 1/8 rate"}
+    return markdown(["task", "rows", "targets", *(f"{passes:g}{shown[-rate]}" for passes, rate in columns)], lines)
 
 
 def starts(results: Sequence[Result]) -> str:
