@@ -138,7 +138,8 @@ def test_b_is_multiplied_and_everything_is_measured_after_that(runs: Runs, cli: 
         low, high = found["held_out_interval"]
         assert low < found["held_out_loss"] < high
         text = f"at adapter scale {scaled_by:g}; before scaling {before['held_out_loss']:.4f} at step"
-        assert f"{text} {found['kept_step']}, kept: the lowest of 2 evaluations" in done[name].out
+        card = (adapters[name] / "README.md").read_text()
+        assert f"{text} {found['kept_step']}, kept: the lowest of 2 evaluations" in card
     assert "adapter scale 0.5: as training.adapter_scale sets it" in " ".join(done["half"].out.split())
     assert "adapter_scale" not in metrics_of(whole) and "adapter scale" not in done["whole"].err + done["whole"].out
 
@@ -224,13 +225,13 @@ class Numbered:
 
 
 def test_at_most_a_hundred_rows_are_scored() -> None:
-    drawn = gain.draw(TokenizedDataset(Numbered()), scale.MOST_ROWS)  # type: ignore[arg-type]
-    assert len(drawn) == 100 and drawn == gain.draw(TokenizedDataset(Numbered()), 100)  # type: ignore[arg-type]
+    drawn = gain.draw(TokenizedDataset(Numbered()), scale.MOST_ROWS, range(500))  # type: ignore[arg-type]
+    assert len(drawn) == 100 and drawn == gain.draw(TokenizedDataset(Numbered()), 100, range(500))  # type: ignore[arg-type]
 
 
 def test_rows_count_by_their_weight() -> None:
     """As in the held-out loss; rows of weight 0 do not count."""
-    drawn = gain.draw(TokenizedDataset(Numbered(np.arange(500) % 3)), 100)  # type: ignore[arg-type]
+    drawn = gain.draw(TokenizedDataset(Numbered(np.arange(500) % 3)), 100, range(500))  # type: ignore[arg-type]
     assert drawn and all(number % 3 for number in drawn)
     heavy, light = ({count for number, count in drawn.items() if number % 3 == part} for part in (2, 1))
     assert max(heavy) == pytest.approx(2 * min(light))

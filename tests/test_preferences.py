@@ -388,7 +388,7 @@ def test_continued_adapter_is_the_reference(cli: Cli, run_config: MakeConfig, tm
     found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]
     assert (found["other"], found["low"] > 0) == ("start", True)
     assert found["base"] == pytest.approx(math.log(2), abs=1e-6) and "comparing the adapter with the one it " in ran.err
-    assert "; start 0.693, adapter 0." in ran.out
+    assert "the loss per pair went from 0.693 to 0." in ran.out
 
 
 def test_desirable_and_undesirable_answers_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_models_with_unsupported_attention_do_not_share_prefixes(
     tokenizer.save_pretrained(tmp_path / "base")
     model = {"name_or_path": str(tmp_path / "base")}
     config = run_config(model=model, data={"train": rows}, training={"max_steps": 1, "per_device_train_batch_size": 2})
-    ran = cli("train", config)
+    ran = cli("train", config, "--allow-worse")
     assert ran.code == 0, ran.err
     assert ON not in ran.err
     ran = cli("train", config, "--overwrite", "--set", "data.share_prefixes=true")

@@ -88,7 +88,7 @@ def test_quantized_base_trains_evaluates_and_generates(
     ran = cli("evaluate", "--adapter", out, "--data", tmp_path / "rows.jsonl", "--json")
     assert ran.code == 0, ran.err
     scores = json.loads(ran.out)
-    assert scores["adapter"]["loss"] == pytest.approx(held_out[-1], rel=1e-3)
+    assert scores["adapter"]["loss"] == pytest.approx(held_out[-1], rel=0.03)  # of half of the rows
     assert scores["base"]["loss"] > scores["adapter"]["loss"]
 
 
@@ -446,6 +446,7 @@ def test_no_output_of_other_libraries_is_printed(
     assert ran.code == 0
     ours = r" *(rows  duplicates|train  |validation  |40 of the validation rows|first row, |.*⟦|trainable params"
     ours += "|device: |step |comparing the adapter |evaluating |auto: |not accelerated, |loratune "
+    ours += r"|data\.validation: half of the rows "
     ours += r"|the model no longer answers |[a-z][a-z, ]+: (\d+ s$|\d+ of \d+))"  # progress, of what takes two seconds
     foreign = [line for line in ran.err.splitlines() if not re.match(ours, line)]
     assert (foreign, ran.out[:1]) == ([], "✓")

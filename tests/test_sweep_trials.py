@@ -236,9 +236,9 @@ def test_trial_worse_than_the_base_is_reported(
     held_out = {"validation": str(write_rows(tmp_path / "own.jsonl", rows))}
     path = config(data=held_out, model={"name_or_path": str(tmp_path / "sure")})
     ran = forked("sweep", path, "--grid", "training.learning_rate=1e-9,2e-3")
-    assert ran.code == 0, ran.err
-    assert states(tmp_path) == ["done", "worse than base"]
-    assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
+    assert ran.code == 6, ran.err
+    assert states(tmp_path) == ["learned nothing", "worse than base"]
+    assert "diverged" not in ran.out + ran.err
     assert cli("report", "--study", tmp_path / "out.study", "--output", tmp_path / "page.html").code == 0
     page = (tmp_path / "page.html").read_text()
     assert "worse than base" in page and "diverged" not in page
@@ -358,7 +358,7 @@ def test_better_adapter_replaces_the_published_one(processes: ForkServer, config
     """One process publishes when its budget ends; another one, paused between two trials, then finds a better
     adapter."""
     gate, file = tmp_path / "gate", config(training={"max_steps": 4})
-    arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
+    arguments = ("sweep", file, "--grid", "training.learning_rate=1e-9,1e-2,1e-3")
     waits = "from loratune.commands.sweep import Sweep\nimport os, time\nwork, calls = Sweep._next_trial, []\n"
     waits += "def later(self):\n    calls.append(1)\n"
     waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
@@ -369,7 +369,7 @@ def test_better_adapter_replaces_the_published_one(processes: ForkServer, config
     assert quick.wait() == 0 and "learning_rate: 0.001" in (tmp_path / "out" / "run.yaml").read_text(), quick.said()
     gate.touch()
     assert slow.wait() == 0 and "learning_rate: 0.01" in (tmp_path / "out" / "run.yaml").read_text(), slow.said()
-    assert states(tmp_path) == ["done"] * 3 and not (tmp_path / "out.partial").exists()
+    assert states(tmp_path)[:2] == ["done"] * 2 and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.slow

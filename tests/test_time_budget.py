@@ -408,17 +408,16 @@ def test_automatic_learning_rate_is_lower_for_more_epochs(run_config: MakeConfig
         line.split(" is ")[1] for line in ran.err.splitlines() if line.startswith("auto: training.learning_rate is ")
     ]
     once, lower = (float(line.split(" ")[0]) for line in said)
-    assert lower == pytest.approx(once / 6, rel=0.05)
+    assert lower == pytest.approx(once / 3, rel=0.05)
 
 
 def test_run_that_needs_less_than_the_budget_says_so(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
     ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto"), "--dry-run")
     assert ran.code == 0, ran.err
-    assert "training.max_minutes: not all of the time is used: training ends after 2 passes over the rows" in ran.err
-    assert ran.err.count("auto: training.learning_rate is ") == 1
+    assert "training.max_minutes: not all of the time is used: training ends after 4 passes over the rows" in ran.err
     path = budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto")
     ran = cli("train", path, "--dry-run", "--set", "lora.target_modules=all-linear")
-    assert ran.code == 0 and "training ends after one pass over the rows" in ran.err, ran.err
+    assert ran.code == 0 and "training ends after 4 passes over the rows" in ran.err, ran.err
 
 
 # Invalid input

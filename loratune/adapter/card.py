@@ -191,9 +191,9 @@ def _without(system: str, prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt | {"messages": others} if system and first == {"role": "system", "content": system} else prompt
 
 
-def prompt_text(example: Example) -> str:
-    """The prompt of a row as text: a raw prompt or a single user turn; empty for others."""
-    return _typed(_recorded_prompt(example))
+def prompt_text(example: Example, system: str) -> str:
+    """The prompt of a row as text: a raw prompt or a single user turn; empty for others. system: see `example`."""
+    return _typed(_without(system, _recorded_prompt(example)))
 
 
 def _typed(prompt: Mapping[str, Any]) -> str:

@@ -83,7 +83,8 @@ def mark(verdict: str | None, answers: "Answers | None") -> str:
     """A mark that says at once whether it worked: yes, no, or not known."""
     from loratune.compare.verdict import GOOD, lost_to_majority
 
-    if verdict in (None, "cannot tell", "indistinguishable"):
+    none_is_right = answers is not None and answers.majority is None and not answers.right
+    if verdict in (None, "cannot tell", "indistinguishable") or (verdict in GOOD and none_is_right):
         return "?"
     is_good = verdict in (*GOOD, "better") and not lost_to_majority(answers)
     with suppress(LookupError):  # a stream of a Python program may have no encoding
@@ -102,7 +103,10 @@ def _kept(found: "TrainedAdapter", command: str) -> str:
         return f"not measured: {found.unrelated.unknown}; {command}"
     worse = -measured.better_by
     how = verdict.change(worse, significant=measured.high is not None and measured.high < 0)
-    return f"what the base could do otherwise: {how} ({worse:+.2f}; a warning from {verdict.SLIGHTLY:.2f})"
+    text = f"what the base could do otherwise: {how} ({worse:+.2f}; a warning from {verdict.SLIGHTLY:.2f})"
+    if found.behavior is not None and found.behavior.remark:
+        text += f"; but of its own answers only {found.behavior.agreement:.0%} of the words would still come next"
+    return text
 
 
 def _sample(one: "SampleAnswer", *, texts: bool) -> str:

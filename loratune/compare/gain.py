@@ -266,7 +266,7 @@ def _nats(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RowSample:
     """The rows on which an adapter is compared with another model.
 
     Attributes:
@@ -298,7 +298,7 @@ def measure(
     engine: Engine,
     objective: Objective,
     other: AbstractContextManager[None],
-    rows: Sample,
+    rows: RowSample,
     compared_with: Model = "base",
 ) -> Gain:
     """Compare a trained adapter with its base, or another model.
@@ -354,7 +354,7 @@ def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) ->
 def sample(
     splits: Mapping[str, TokenizedDataset], budget: int, *, least: int = LEAST_TOKENS,
     left_out: Collection[int] = frozenset(),
-) -> Sample:  # fmt: skip
+) -> RowSample:  # fmt: skip
     """Choose the rows to compare; the same arguments give the same rows.
 
     Args:
@@ -363,14 +363,14 @@ def sample(
         least: Tokens that the sample may have even after a short run.
         left_out: Numbers of validation items that are not drawn.
     """
-    found: dict[str, Sample] = {}
+    found: dict[str, RowSample] = {}
     for name, rows in splits.items():
         drawable = [*range(rows.items)]
         if name == "validation" and left_out:
             drawable = [number for number in drawable if number not in left_out]
         copies = rows.weighted(_sample(rows, budget, drawable, least=least))
         total = rows.count_rows(rows.weighted(dict.fromkeys(drawable, 1)))
-        found[name] = Sample(name, rows, copies, total)
+        found[name] = RowSample(name, rows, copies, total)
     chosen = next((one for one in found.values() if one.rows >= LEAST_ROWS), [*found.values()][-1])
     if "validation" in found and chosen.split != "validation":
         chosen = replace(chosen, validation_rows=found["validation"].rows)
@@ -386,7 +386,7 @@ def draw(split: TokenizedDataset, most: int, among: Sequence[int]) -> dict[int, 
         among: The numbers of the items that may be drawn.
 
     Returns:
-        As `Sample.copies`.
+        As `RowSample.copies`.
     """
     return split.weighted(_sample(split, _SHARE * _MOST_TOKENS, among, most))
 

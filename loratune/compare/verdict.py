@@ -38,7 +38,9 @@ GOOD: tuple[Name, ...] = ("beats base and majority", "better than its base")
 REFUSED: tuple[Name, ...] = ("learned nothing", "worse", "collapsed")
 """Verdicts with which no adapter is published, unless that is asked for."""
 WORTH = 0.01
-"""Nats per token, pair or answer below which a gain does not matter: a token becomes 1 % more likely."""
+"""Nats per token below which a gain does not matter: a token becomes 1 % more likely."""
+_VISIBLE = 5e-4
+"""The same for pairs and answers of preferences, whose loss has the scale of `preferences.beta`."""
 SHORT = 32
 """The most tokens of an answer, without its end, that is compared as a whole: longer ones are hardly ever equal."""
 _ROWS_PER_LABEL = 4
@@ -129,7 +131,7 @@ def decide(gain: Gain, answers: Answers | None = None, *, collapsed: bool = Fals
         return "beats base and majority" if beaten else "better than its base"
     if gain.verdict == "worse":
         return "worse"
-    if gain.high is not None and gain.high < WORTH:
+    if gain.high is not None and gain.high < (WORTH if gain.unit == "token" else _VISIBLE):
         return "learned nothing"
     low = None if gain.low is None else widened(Interval(gain.low, math.inf), gain.better_by, looks).low
     return "better than its base" if gain.verdict == "gain" and low is not None and low > 0 else "cannot tell"
@@ -150,6 +152,7 @@ def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
     if not math.isfinite(gain.better_by):
         return f"{name}: not all losses on {gain.sampled_rows()} are finite"
     by_loss = f"{likelier(gain)}, on {_rows(gain)}"
+    other = "its base" if gain.other == "base" else "the adapter that it started from"
     if answers is None or (name == "worse" and answers.over_base.verdict != "worse"):
         found = by_loss
     elif name == "better than its base" and answers.over_base.verdict != "better":
@@ -164,13 +167,14 @@ def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
                 assert answers is not None and answers.of_majority is not None
                 by_guess = round(answers.of_majority * answers.rows)
                 return f"not better than always {_quoted(answers)}: {found}, {by_guess:,} would be by guessing so"
-            return f"better than its base: {found}"
+            return f"better than {other}: {found}"
         case "cannot tell":
-            return f"cannot tell whether it is better than its base: {found}{needed(gain, answers)}"
+            return f"cannot tell whether it is better than {other}: {found}{needed(gain, answers)}"
         case "learned nothing":
-            return f"learned nothing: {by_loss}"
+            is_small = gain.high is not None and gain.high < WORTH
+            return f"learned nothing: {by_loss if is_small else 'the weights are as before'}"
         case "worse":
-            return f"worse than its base: {found}"
+            return f"worse than {other}: {found}"
     return name
 
 
@@ -220,10 +224,13 @@ def change(nats: float, *, significant: bool) -> str:
     return "slightly worse" if nats < SLIGHTLY else "clearly worse" if nats < _CLEARLY else "much worse"
 
 
-def doubt(gain: Gain, *, chose: bool) -> str:
-    """What speaks against relying on a verdict; empty if nothing does. chose: whether its rows chose the step."""
+def doubt(gain: Gain, *, chose: bool, leaked: bool = False) -> str:
+    """What speaks against relying on a verdict; empty if nothing does. chose: whether its rows chose the step. leaked:
+    whether some of them are also training rows."""
     if gain.split == "training":
         return "only by rows that it was trained on: hold some out, as by data.validation=0.2"
+    if leaked:
+        return "no: held-out rows are also training rows, see above"
     if gain.rows < _FEW or chose:
         also = ", which also chose the step, so optimistic" if chose else ""
         return f"only {plural(gain.rows, item(gain.unit))}{also}; test on unseen ones (below)"
@@ -231,7 +238,8 @@ def doubt(gain: Gain, *, chose: bool) -> str:
 
 
 def _rows(gain: Gain) -> str:
-    return plural(gain.drawn, f"{_kind(gain)} {item(gain.unit)}")
+    found = plural(gain.drawn if gain.drawn == gain.total else gain.total, f"{_kind(gain)} {item(gain.unit)}")
+    return found if gain.drawn == gain.total else f"{gain.drawn:,} of {found}"
 
 
 def _kind(gain: Gain) -> str:

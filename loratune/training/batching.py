@@ -166,10 +166,6 @@ def batch(
         copies = objective.copies(validation)
         if chooses := choosing(validation, run):
             copies = {number: count for number, count in copies.items() if number in chooses}
-            notes.append(
-                f"data.validation: half of the rows choose the step that is kept, {len(copies):,} distinct ones; the "
-                "others judge the adapter"
-            )
         held_out = engine.plan(validation, copies, objective)
     counts_prompts = section.prompt_loss_weight > 0
     if counts_prompts:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from loratune.compare import behavior, exact, gain
-from loratune.compare.gain import Sample
+from loratune.compare.gain import RowSample
 from loratune.compare.verdict import SHORT, label_of
 from loratune.config import AUTO, RunConfig
 from loratune.data import TokenizedDataset
@@ -66,7 +66,7 @@ class Comparisons:
         left_out: What is not compared, as there is no room for it.
     """
 
-    rows: Sample
+    rows: RowSample
     judged_apart: bool
     chose: bool
     answers: bool
@@ -79,6 +79,8 @@ class Comparisons:
 
     def notes(self) -> Iterator[str]:
         """Lines for the user."""
+        if self.judged_apart:
+            yield "data.validation: half of the rows choose the step that is kept, the others judge the adapter"
         if self.left_out:
             names = {"unrelated": "other text", "behavior": "everyday instructions", "samples": "sample answers"}
             left = ", ".join(name for part, name in names.items() if part in self.left_out)

@@ -87,6 +87,7 @@ class TrainedAdapter:
         advice: What to try next, if it is not clearly better.
         looks: How many steps and scales the rows of the verdict have chosen from; 1 if they chose nothing.
         judged_apart: Whether the rows of the verdict are other validation rows than those that chose the step.
+        leaked: Whether some validation rows are also training rows.
         samples: Held-out prompts with the answers of base and adapter.
         forgetting: The change on rows of the earlier run; None if training did not start from an adapter.
         unrelated: The change on unrelated text.
@@ -115,6 +116,7 @@ class TrainedAdapter:
     advice: tuple[str, ...] = ()
     looks: int = 1
     judged_apart: bool = False
+    leaked: bool = False
     samples: Sequence["SampleAnswer"] = ()
     forgetting: Forgetting | None = None
     unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
@@ -164,9 +166,14 @@ class TrainedAdapter:
         if interval := self._held_out_interval():
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
         text += self.scale.remark
-        if best.evaluations > 1 and self.config.keeps_best:
+        if self.judged_apart:
+            text += " on rows that did not choose the step"
+            if self.config.keeps_best:
+                text += f"; step {self.kept_step:,} is kept, with the lowest loss of {best.evaluations:,} evaluations"
+                text += f" on the others, {best.loss:.4f}"
+        elif best.evaluations > 1 and self.config.keeps_best:
             text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
-            text += "" if self.test or self.judged_apart else ", so optimistic"
+            text += "" if self.test else ", so optimistic"
             if self.kept_step != self.steps:
                 text += f"; {self.losses('eval_loss')[-1]:.4f} at step {self.steps:,}, the last"
         elif best.step != self.steps:
@@ -192,7 +199,7 @@ class TrainedAdapter:
     def doubt(self) -> str:
         """What speaks against relying on the verdict; empty if nothing does."""
         assert self.gain is not None
-        return verdict.doubt(self.gain, chose=self.looks > 1)
+        return verdict.doubt(self.gain, chose=self.looks > 1, leaked=self.leaked)
 
     def _held_out_interval(self) -> Interval | None:
         """The interval of `held_out_loss`; None if it is unknown."""
@@ -305,6 +312,7 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         advice=tuple(_advice(plan, trained, decided, answers)),
         looks=looks,
         judged_apart=compared.judged_apart,
+        leaked=any("validation rows" in line for line in plan.datasets.leaks),
     )
 
 
@@ -329,10 +337,13 @@ def _advice(plan: Plan, trained: TrainedAdapter, decided: Name, answers: Answers
         return
     passes = plan.tokens / int(plan.datasets.train.rows.lengths.sum())
     if trained.steps < _FEW_STEPS and passes < _MOST_PASSES:
-        yield f"training.num_train_epochs={max(4, math.ceil(2 * passes))} ({plural(trained.steps, 'step')} were taken)"
+        more = f"training.num_train_epochs={max(4, math.ceil(2 * passes))}"
+        if plan.run.config.training.max_steps > 0:
+            more = f"training.max_steps={2 * trained.steps}"
+        yield f"{more} ({plural(trained.steps, 'step')} {'was' if trained.steps == 1 else 'were'} taken)"
     if plan.datasets.alike:
         yield f"labels that look alike: {listed([f'{one} → {other}' for one, other in plan.datasets.alike.items()], 3)}"
-    if decided == "cannot tell":
+    if decided == "cannot tell" and plan.comparisons.rows.rows == plan.comparisons.rows.total:
         yield "more held-out rows"
     yield "more rows, whose prompts contain what decides the answer"
 
@@ -384,8 +395,8 @@ def _sample_answers(plan: Plan, trained: TrainedAdapter) -> list[SampleAnswer]:
         return []
     if launcher.sharding() or rows is None or rows.validation is None or plan.batches.objective.unit != "token":
         return []
-    examples = first_examples(rows.validation, compared.rows.dataset.rows)
-    prompts = {place_in_cache(one.where): card.prompt_text(one) for one in examples}
+    examples, system = first_examples(rows.validation, compared.rows.dataset.rows), plan.run.system
+    prompts = {place_in_cache(one.where): card.prompt_text(one, system) for one in examples}
     shown = [row for row in compared.answered() if prompts.get(row.where)]
     shown = shown[: 1 if compared.answers else SAMPLES]
     engine, renderer = plan.batches.engine, plan.datasets.renderer
