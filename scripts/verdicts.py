@@ -45,12 +45,11 @@ def verdict_of(rows: int, steps: int, again: float, seed: int, *, labels: bool) 
     choose, judge = (half[: rows // 2], half[rows // 2 :]) if apart else (half, half)
     kept = min(range(1, steps + 1), key=lambda step: nats[step][choose].sum() / tokens[choose].sum())
     base, adapter = (RowLosses.of(nats[step][judge].tolist(), tokens[judge].tolist()) for step in (0, kept))
-    answers = None
+    answers, looks = None, 1 if apart else steps
     if labels:
         first, second = ((margins[step][judge] > 0).astype(float) for step in (0, kept))
         constant = (dice.random(len(judge)) < 0.5).astype(float)
-        answers = Answers.of(first, second, np.ones(len(judge)), ("label", constant))
-    looks = 1 if apart else steps
+        answers = Answers.of(first, second, np.ones(len(judge)), ("label", constant), looks)
     return decide(Gain.of(base, adapter, "validation"), answers, looks=looks)
 
 

@@ -227,7 +227,7 @@ def test_only_one_process_writes_and_prints(processes: ForkServer, run_config: M
     children = processes.launch(2, "train", config, each=[{}, {name: str(path) for name, path in own.items()}])
     assert [child.wait() for child in children] == [0, 0], children[0].said()
     assert not any(any(path.iterdir()) for path in own.values())
-    assert children[0].out.read_text().startswith("✓ better than its base: ")
+    assert children[0].out.read_text().startswith("? better than its base: ")
     assert "step     1/" in children[0].said()
     assert children[1].out.read_text() == children[1].said() == ""
 
@@ -520,7 +520,7 @@ def test_launchers_of_the_readme(launcher: tuple[str, ...], run_config: MakeConf
     command = [program, *launcher[1:], "-m", "loratune", "train", run_config()]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("✓ better than its base: ")
+    assert done.stdout.startswith("? better than its base: ")
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 

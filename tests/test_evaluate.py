@@ -184,9 +184,10 @@ def test_batching_does_not_change_the_scores(scores: dict[str, Any], place: Path
 
 def test_the_printed_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", place / "held-out.jsonl")
-    verdict, *lines = [line.split() for line in ran.out.splitlines()]
+    verdict, doubt, *lines = [line.split() for line in ran.out.splitlines()]
     starts = "beats its base", "not better than always", "better than its base", "cannot tell"
-    assert " ".join(verdict[1:]).startswith(starts) and verdict[0] in ("✓", "✗", "?")
+    assert " ".join(verdict[1:]).startswith(starts) and verdict[0] in ("✗", "?")
+    assert " ".join(doubt).startswith("sure? no: ") and "also training rows" in " ".join(doubt)
     assert lines[0][:5] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens,"]
     expected = []
     for name, kind in (("loss", ".4f"), ("perplexity", ".2f"), ("exact_match", ".1%"), ("label_accuracy", ".1%")):

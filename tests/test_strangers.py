@@ -384,7 +384,7 @@ def test_terminal_receives_only_our_own_escape_sequences(
     rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))}, training={"max_steps": 3})
     said = terminal(processes, "train", config)
-    assert "✓ better than its base: " in said
+    assert "? better than its base: " in said
     assert "\x1b]" not in said and "\x9b" not in said and "\u202e" not in said and "\x07" not in said
     assert "\\x1b]52;c;aGk=\\x07" in said
     values = json.loads((copy / "tokenizer.json").read_text())

@@ -13,9 +13,11 @@ from conftest import Ran, write_rows
 from running import MakeConfig
 
 from loratune import load_config
+from loratune.api import display
 from loratune.compare import verdict
 from loratune.compare.gain import Gain
 from loratune.compare.metrics import RowLosses
+from loratune.compare.text import shorten_apart
 from loratune.compare.verdict import Answers, Name
 from loratune.statistics import Interval, widened
 from loratune.training import comparisons
@@ -29,14 +31,14 @@ def gain_of(differences: Any, **others: Any) -> Gain:
     )
 
 
-def answers_of(base: int, adapter: int, rows: int, majority: int | None = None) -> Answers:
+def answers_of(base: int, adapter: int, rows: int, majority: int | None = None, looks: int = 1) -> Answers:
     """So many right answers of each; the first rows are those that are right."""
 
     def right(count: int) -> Any:
         return (np.arange(rows) < count).astype(float)
 
     constant = None if majority is None else ("shipping", right(majority))
-    return Answers.of(right(base), right(adapter), np.ones(rows), constant)
+    return Answers.of(right(base), right(adapter), np.ones(rows), constant, looks)
 
 
 CLEAR, NONE, SMALL, WORSE = [-1.0, -1.1] * 20, [0.3, -0.3] * 20, [-0.004, -0.006] * 20, [1.0, 1.1] * 20
@@ -73,9 +75,18 @@ def test_rows_that_chose_among_many_need_more_evidence() -> None:
     assert just.low is not None and 0 < just.low < 0.02
     assert verdict.decide(just) == "better than its base"
     assert verdict.decide(just, looks=20) == "cannot tell"
-    few = answers_of(0, 6, 40, 0)  # p is 0.031
-    assert verdict.decide(gain_of(NONE), few) == "beats base and majority"
-    assert verdict.decide(gain_of(NONE), few, looks=2) == "cannot tell"
+    few = [answers_of(0, 6, 40, 0, looks) for looks in (1, 2)]  # p is 0.031
+    assert verdict.decide(gain_of(NONE), few[0]) == "beats base and majority"
+    assert verdict.decide(gain_of(NONE), few[1], looks=2) == "cannot tell"
+
+
+def test_the_words_need_the_evidence_that_the_verdict_needs() -> None:
+    """Seven more right answers than always the same one: significant once, not for the best of four."""
+    words = [verdict.headline("better than its base", gain_of(CLEAR), answers_of(0, 12, 22, 5, n)) for n in (1, 4)]
+    assert words[0].startswith("better than its base: 12 of 22")
+    assert words[1].startswith('not better than always "shipping": 12 of 22') and words[1].endswith("few rows to tell")
+    assert display.mark("better than its base", answers_of(0, 12, 22, 5, 4), unseen=True) in ("✗", "no:")
+    assert display.mark("better than its base", None, unseen=False) == "?"
 
 
 def test_the_reach_of_an_interval_grows_as_the_quantile_does() -> None:
@@ -88,6 +99,8 @@ WORDS: dict[str, str] = {
     "labels, all right": 'beats its base and always "shipping": 40 of 40 held-out answers right (95 %: 91 to 100; base '
     "0 %, majority 35 %)",
     "labels, the majority": 'not better than always "shipping": 16 of 40 held-out answers right (95 %: 26 to 55; base '
+    "0 %, majority 35 %), 14 would be by guessing so; too few rows to tell",
+    "labels, none right": 'not better than always "shipping": 0 of 40 held-out answers right (95 %: 0 to 9; base '
     "0 %, majority 35 %), 14 would be by guessing so",
     "texts": "better than its base: each expected token became 2.9 times as likely, on 40 held-out rows",
     "too small a gain": "learned nothing: each expected token became 1.01 times as likely, on 40 held-out rows",
@@ -147,3 +160,11 @@ def test_labels_are_judged_by_their_answers(cli: Callable[..., Ran], run_config:
     for model, share in (("base", answers["of_base"]), ("adapter", answers["right"])):
         assert scored[model]["exact_match"] == share
     assert answers["right"] > 0.4, answers
+
+
+def test_a_sample_shows_where_the_answer_differs() -> None:
+    start, end = "Thanks for writing to Brightbox. " * 3, " Kind regards, the whole Brightbox team in Leeds"
+    shown = shorten_apart(f"{start}Your ink is on its way.{end}", f"{start}Your refund is on its way.{end}", 60)
+    assert "ink" in shown[0] and "refund" in shown[1] and all(line.startswith("[...] ") for line in shown)
+    assert shorten_apart("yes", "no", 60) == ("yes", "no")
+    assert shorten_apart("", "a " * 50, 10) == ("", "a a a a a  [...]")

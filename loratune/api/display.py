@@ -76,17 +76,19 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     rows = result.run.rows.train if result.run.rows else None
     lines += [("try it", f"{program} {example_command(directory.display_name, rows, result.run.system)}")]
     lines += [("test it", f"{program} evaluate --adapter {adapter} --data FILE, with rows that it has not seen")]
-    return block(f"{mark(found.verdict, found.answers)} {one_line(found.headline)}", lines)
+    is_unseen = found.gain is not None and found.gain.split != "training"
+    return block(f"{mark(found.verdict, found.answers, unseen=is_unseen)} {one_line(found.headline)}", lines)
 
 
-def mark(verdict: str | None, answers: "Answers | None") -> str:
-    """A mark that says at once whether it worked: yes, no, or not known."""
-    from loratune.compare.verdict import GOOD, lost_to_majority
+def mark(verdict: str | None, answers: "Answers | None", *, unseen: bool) -> str:
+    """A mark that says at once whether it worked: yes, no, or not known. unseen: whether rows judge that it was not
+    trained on."""
+    from loratune.compare.verdict import GOOD
 
+    is_good = verdict in (*GOOD, "better") and (answers is None or answers.beats_majority is not False)
     none_is_right = answers is not None and answers.majority is None and not answers.right
-    if verdict in (None, "cannot tell", "indistinguishable") or (verdict in GOOD and none_is_right):
+    if verdict in (None, "cannot tell", "indistinguishable") or (is_good and (none_is_right or not unseen)):
         return "?"
-    is_good = verdict in (*GOOD, "better") and not lost_to_majority(answers)
     with suppress(LookupError):  # a stream of a Python program may have no encoding
         try:
             "✓✗".encode(sys.stdout.encoding or "ascii")
@@ -103,21 +105,24 @@ def _kept(found: "TrainedAdapter", command: str) -> str:
         return f"not measured: {found.unrelated.unknown}; {command}"
     worse = -measured.better_by
     how = verdict.change(worse, significant=measured.high is not None and measured.high < 0)
-    text = f"what the base could do otherwise: {how} ({worse:+.2f}; a warning from {verdict.SLIGHTLY:.2f})"
+    shown = f"{worse:+.2f}" if f"{worse:.2f}" != f"{verdict.SLIGHTLY:.2f}" else f"{worse:+.4f}"
+    text = f"what the base could do otherwise: {how} ({shown}; a warning from {verdict.SLIGHTLY:.2f})"
     if found.behavior is not None and found.behavior.remark:
-        text += f"; but of its own answers only {found.behavior.agreement:.0%} of the words would still come next"
+        text += f"; but in everyday answers {100 * (1 - found.behavior.agreement):.0f} % of its words are others now"
     return text
 
 
 def _sample(one: "SampleAnswer", *, texts: bool) -> str:
     """A held-out prompt and the adapter's answer; with those of the base and the expected one, if they are texts."""
-    from loratune.compare.text import shorten
+    from loratune.compare.text import shorten, shorten_apart
 
-    prompt, adapter, expected = (f'"{shorten(text, 60)}"' for text in (one.prompt, one.adapter, one.expected))
+    prompt = f'"{shorten(one.prompt, 60)}"'
+    adapter, expected = (f'"{text}"' for text in shorten_apart(one.adapter, one.expected, 90))
+    if one.adapter == one.expected:
+        expected = "the same"
     if not texts:
         return f"{prompt} → {adapter}" + ("" if one.adapter == one.expected else f", expected {expected}")
-    base = f'"{shorten(one.base, 60)}"'
-    return f"{prompt}: base {base} → adapter {adapter}; expected {expected}"
+    return f'{prompt}: base "{shorten(one.base, 60)}" → adapter {adapter}; expected {expected}'
 
 
 def params(params: "Params") -> Iterator[str]:
@@ -264,7 +269,10 @@ def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
     """
     from loratune.compare import text
 
-    yield one_line(f"{mark(found.verdict, found.answers)} {text.verdict(found)}")
+    leaked = sum((found.overlap or {}).get(kind, 0) for kind in ("exact", "folded"))
+    yield one_line(f"{mark(found.verdict, found.answers, unseen=not leaked)} {text.verdict(found)}")
+    if leaked:
+        yield f"  sure?  no: {leaked:,} of the rows are also training rows"
     if measured := text.measured(found):
         yield measured
     yield f"{text.rows(found)}, 95 % intervals in brackets"

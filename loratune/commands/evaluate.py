@@ -116,7 +116,8 @@ def evaluate(
     remarks += remarks_on_weights(dataset.rows.weights)
     if adapter.system and (bare := split.rows_without_system):
         what = f"{bare:,} of {len(split):,} rows have no system message, and are scored without one"
-        remarks.append(f"{what}; all training rows had {beginning(adapter.system)}")
+        all_had = f"all training rows had {beginning(adapter.system)}, which generate and chat add"
+        remarks.append(f"{what}; {all_had}: add it to these rows to measure what they give")
     engine = engine_of(first)
     with first.without_adapter():
         found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}

@@ -310,7 +310,8 @@ def measure(
         rows: The rows, see `sample`.
         compared_with: See `Gain.other`.
     """
-    what = plural(rows.rows, f"{rows.split} {item(objective.unit)}")
+    distinct = "" if rows.rows == sum(rows.copies.values()) else "distinct "
+    what = plural(rows.rows, f"{distinct}{rows.split} {item(objective.unit)}")
     note(f"comparing the adapter with {'its base' if compared_with == 'base' else 'the one it started from'} on {what}")
     adapter = engine.losses(rows.dataset, rows.copies, objective)
     with other:

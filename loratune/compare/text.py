@@ -189,8 +189,26 @@ def row_lines(row: ComparedRow, other: str) -> Iterator[tuple[str, str]]:
 
 def shorten(text: str, width: int = _WIDTH) -> str:
     """A text on one line, with the middle of a long text left out."""
-    line = " ↵ ".join(part.strip() for part in text.strip().splitlines() if part.strip())
+    line = _one_line(text)
     return line if len(line) <= width else f"{line[: width // 2]} [...] {line[-width // 2 :]}"
+
+
+def shorten_apart(one: str, other: str, width: int) -> tuple[str, str]:
+    """Two texts on one line each, of which a long one is cut such that the first place where they differ is shown."""
+    first, second = _one_line(one), _one_line(other)
+    same = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+    start = first.rfind(" ", 0, max(0, same - width // 3)) + 1 if max(len(first), len(second)) > width else 0
+
+    def cut(line: str) -> str:
+        return (
+            f"{'[...] ' if start else ''}{line[start : start + width]}{' [...]' if start + width < len(line) else ''}"
+        )
+
+    return cut(first), cut(second)
+
+
+def _one_line(text: str) -> str:
+    return " ↵ ".join(part.strip() for part in text.strip().splitlines() if part.strip())
 
 
 def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:

@@ -66,6 +66,7 @@ class Answers:
         of_majority: The share of rows for which it is right.
         over_majority: The paired difference, adapter minus always giving it.
         metric: What makes an answer right.
+        looks: How many adapters these rows have chosen from; 1 if they chose nothing.
     """
 
     rows: int
@@ -77,9 +78,12 @@ class Answers:
     of_majority: float | None = None
     over_majority: Difference | None = None
     metric: str = metrics.EXACT_MATCH
+    looks: int = 1
 
     @classmethod
-    def of(cls, base: Values, adapter: Values, copies: Values, constant: Constant | None = None) -> "Answers":
+    def of(
+        cls, base: Values, adapter: Values, copies: Values, constant: Constant | None = None, looks: int = 1
+    ) -> "Answers":
         """Create it from scores of 0 or 1, (rows,) each. constant: the most frequent answer and its scores."""
 
         def share(scores: Values) -> float:
@@ -89,7 +93,8 @@ class Answers:
             return share_difference(other, adapter, copies, lower_is_better=False)
 
         count, right = effective_rows(copies), share(adapter)
-        found = cls(round(copies.sum()), right, wilson(right * count, count), share(base), over(base))
+        interval = wilson(right * count, count)
+        found = cls(round(copies.sum()), right, interval, share(base), over(base), looks=looks)
         if constant is None:
             return found
         label, scores = constant
@@ -97,10 +102,21 @@ class Answers:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: shares from 0 to 1."""
-        values = {name: value for name, value in asdict(self).items() if not name.startswith("over_")}
+        left_out = ("over_base", "over_majority", "looks")
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
         values["interval"] = finite(self.interval)
         values["over_base"] = self.over_base.as_json()
         return values | {"over_majority": self.over_majority and self.over_majority.as_json()}
+
+    @property
+    def beats_base(self) -> bool:
+        """Whether more answers are right than of the base."""
+        return _better(self.over_base, self.looks)
+
+    @property
+    def beats_majority(self) -> bool | None:
+        """Whether more answers are right than by always giving the most frequent one; None if they are no labels."""
+        return None if self.over_majority is None else _better(self.over_majority, self.looks)
 
 
 def label_of(answers: Counter[Label]) -> Label | None:
@@ -118,17 +134,14 @@ def decide(gain: Gain, answers: Answers | None = None, *, collapsed: bool = Fals
         answers: The paired answers, where there are short ones.
         collapsed: Whether the adapter has collapsed.
         looks: How many adapters these rows have chosen from; 1 if they chose nothing. What is found better must hold
-            for the chosen one of so many, by Bonferroni's correction.
+            for the chosen one of so many, by Bonferroni's correction; answers know theirs.
     """
     if collapsed:
         return "collapsed"
-    over_base = answers and _better(answers.over_base, looks)
     if answers is not None and answers.over_base.verdict == "worse":
         return "worse"
-    if over_base:
-        assert answers is not None
-        beaten = answers.over_majority is not None and _better(answers.over_majority, looks)
-        return "beats base and majority" if beaten else "better than its base"
+    if answers is not None and answers.beats_base:
+        return "beats base and majority" if answers.beats_majority else "better than its base"
     if gain.verdict == "worse":
         return "worse"
     if gain.high is not None and gain.high < (WORTH if gain.unit == "token" else _VISIBLE):
@@ -155,7 +168,7 @@ def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
     other = "its base" if gain.other == "base" else "the adapter that it started from"
     if answers is None or (name == "worse" and answers.over_base.verdict != "worse"):
         found = by_loss
-    elif name == "better than its base" and answers.over_base.verdict != "better":
+    elif name == "better than its base" and not answers.beats_base and answers.beats_majority is not False:
         found = f"{by_loss}, but {right(answers, gain)}"
     else:
         found = right(answers, gain)
@@ -163,10 +176,11 @@ def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
         case "beats base and majority":
             return f"beats its base and always {_quoted(answers)}: {found}"
         case "better than its base":
-            if lost_to_majority(answers):
-                assert answers is not None and answers.of_majority is not None
+            if answers is not None and answers.beats_majority is False and answers.of_majority is not None:
                 by_guess = round(answers.of_majority * answers.rows)
-                return f"not better than always {_quoted(answers)}: {found}, {by_guess:,} would be by guessing so"
+                found += f", {by_guess:,} would be by guessing so"
+                found += "; too few rows to tell" if answers.right > answers.of_majority else ""
+                return f"not better than always {_quoted(answers)}: {found}"
             return f"better than {other}: {found}"
         case "cannot tell":
             return f"cannot tell whether it is better than {other}: {found}{needed(gain, answers)}"
@@ -176,11 +190,6 @@ def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
         case "worse":
             return f"worse than {other}: {found}"
     return name
-
-
-def lost_to_majority(answers: Answers | None) -> bool:
-    """Whether answers are labels, and always giving the most frequent one is not beaten."""
-    return answers is not None and answers.over_majority is not None and answers.over_majority.verdict != "better"
 
 
 def right(answers: Answers, gain: Gain) -> str:
@@ -228,7 +237,10 @@ def doubt(gain: Gain, *, chose: bool, leaked: bool = False) -> str:
     """What speaks against relying on a verdict; empty if nothing does. chose: whether its rows chose the step. leaked:
     whether some of them are also training rows."""
     if gain.split == "training":
-        return "only by rows that it was trained on: hold some out, as by data.validation=0.2"
+        few = "hold some out, as by data.validation=0.2"
+        if gain.validation_rows is not None:
+            few = f"the held-out {item(gain.unit)}s are too few that differ ({gain.validation_rows}); collect more"
+        return f"only by rows that it was trained on, which says little: {few}"
     if leaked:
         return "no: held-out rows are also training rows, see above"
     if gain.rows < _FEW or chose:
@@ -238,8 +250,9 @@ def doubt(gain: Gain, *, chose: bool, leaked: bool = False) -> str:
 
 
 def _rows(gain: Gain) -> str:
-    found = plural(gain.drawn if gain.drawn == gain.total else gain.total, f"{_kind(gain)} {item(gain.unit)}")
-    return found if gain.drawn == gain.total else f"{gain.drawn:,} of {found}"
+    found = plural(gain.total, f"{_kind(gain)} {item(gain.unit)}")
+    distinct = f", of which {gain.rows:,} differ" if gain.rows < gain.drawn else ""
+    return f"{'' if gain.drawn == gain.total else f'{gain.drawn:,} of '}{found}{distinct}"
 
 
 def _kind(gain: Gain) -> str:

@@ -41,8 +41,9 @@ from loratune.training.reference import base_results
 from loratune.training.scale import AdapterScale
 
 _NO_ROOM = "the run is short for so large a model"
-_FEW_STEPS, _MOST_PASSES = 100, 8
-"""An adapter that is not clearly better is advised to read its rows more often up to so many steps and passes."""
+_FEW_STEPS, _MOST_PASSES, _USUAL_PASSES = 100, 8, 4
+"""An adapter that is not clearly better is advised to read its rows more often up to so many steps and passes; before
+anything else, if it has read them less often than `auto` reads few rows."""
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """The most reports of each kind that are kept, spread evenly over the run: a report takes about 230 or 110 bytes of
 loratune.json, which then stays below 200 kB."""
@@ -296,10 +297,10 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
             problem = Problem(Code.TRAINING_COLLAPSED, what, key="training.learning_rate", fix=fix)
     if problem is not None:
         raise diverged_error(problem, plan.checkpoints, trained.steps)
-    answers = _compare_answers(plan, base) if compared.answers else None
     looks = 1
     if compared.chose:
         looks = max(1, trained.evaluations.evaluations if trained.evaluations else 1) + trained.scale.tried
+    answers = _compare_answers(plan, base, looks) if compared.answers else None
     decided = verdict.decide(comparison, answers, looks=looks)
     if trained.scale.value == 1 and not plan.adapter_init.has_changed(weights):
         decided = "learned nothing"
@@ -316,7 +317,7 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     )
 
 
-def _compare_answers(plan: Plan, base: Callable[[], AbstractContextManager[None]]) -> Answers:
+def _compare_answers(plan: Plan, base: Callable[[], AbstractContextManager[None]], looks: int) -> Answers:
     """How many answers of base and adapter are right, as the main process computes it, or all for sharded weights."""
     compared, found = plan.comparisons, list[list[float]]()
     rows = compared.answered()
@@ -328,24 +329,31 @@ def _compare_answers(plan: Plan, base: Callable[[], AbstractContextManager[None]
     if compared.majority is not None:
         label = plan.datasets.tokenizer.decode(compared.majority, skip_special_tokens=True).strip()
         constant = label, np.array([float(row.completion == compared.majority) for row in rows])
-    return Answers.of(of_base, of_adapter, np.array([*compared.rows.copies.values()]), constant)
+    return Answers.of(of_base, of_adapter, np.array([*compared.rows.copies.values()]), constant, looks)
 
 
 def _advice(plan: Plan, trained: TrainedAdapter, decided: Name, answers: Answers | None) -> Iterator[str]:
-    """What to try next, if the adapter is not clearly better."""
-    if decided in verdict.GOOD and not verdict.lost_to_majority(answers):
+    """What to try next, if the adapter is not clearly better, or still became better at its last step."""
+    best, passes = trained.evaluations, plan.tokens / int(plan.datasets.train.rows.lengths.sum())
+    more = f"--set training.num_train_epochs={max(4, math.ceil(2 * passes))}"
+    if plan.run.config.training.max_steps > 0:
+        more = f"--set training.max_steps={2 * trained.steps}"
+    more += " --overwrite"
+    if trained.steps >= _FEW_STEPS or passes >= _MOST_PASSES:
+        more = ""
+    if decided in verdict.GOOD and (answers is None or answers.beats_majority is not False):
+        if more and answers is None and best and best.evaluations > 1 and best.step == trained.steps:
+            yield f"{more} (it still became better at the last step)"
         return
-    passes = plan.tokens / int(plan.datasets.train.rows.lengths.sum())
-    if trained.steps < _FEW_STEPS and passes < _MOST_PASSES:
-        more = f"training.num_train_epochs={max(4, math.ceil(2 * passes))}"
-        if plan.run.config.training.max_steps > 0:
-            more = f"training.max_steps={2 * trained.steps}"
-        yield f"{more} ({plural(trained.steps, 'step')} {'was' if trained.steps == 1 else 'were'} taken)"
     if plan.datasets.alike:
         yield f"labels that look alike: {listed([f'{one} → {other}' for one, other in plan.datasets.alike.items()], 3)}"
     if decided == "cannot tell" and plan.comparisons.rows.rows == plan.comparisons.rows.total:
         yield "more held-out rows"
-    yield "more rows, whose prompts contain what decides the answer"
+    hints = ["more rows, whose prompts contain what decides the answer"]
+    if more:  # the passes of `auto` are enough for most rows
+        steps = f"({plural(trained.steps, 'step')} {'was' if trained.steps == 1 else 'were'} taken)"
+        hints.insert(0 if passes < _USUAL_PASSES else 1, f"{more} {steps}")
+    yield from hints
 
 
 def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
