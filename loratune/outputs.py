@@ -75,7 +75,8 @@ Attributes:
     over_majority: The paired difference, adapter minus always giving it.
     metric: What makes an answer right.
 """
-Metrics = TypedDict("Metrics", {"verdict": str | None, "steps": int, "kept_step": int, "stopped_early": bool,
+Metrics = TypedDict("Metrics", {"verdict": str | None, "judged_apart": bool, "looks": int, "steps": int,
+    "kept_step": int, "stopped_early": bool,
     "first_loss": float, "last_loss": float, "held_out_loss": float | None, "best_held_out_loss": float | None,
     "last_held_out_loss": float | None, "evaluations": int, "tokens": int, "seconds": float,
     "tokens_per_second": float | None, "held_out_interval": Interval, "adapter_scale": NotRequired[float],
@@ -88,6 +89,9 @@ Metrics = TypedDict("Metrics", {"verdict": str | None, "steps": int, "kept_step"
 Attributes:
     verdict: `beats base and majority`, `better than its base`, `cannot tell`, `learned nothing`, `worse` or
         `collapsed`.
+    judged_apart: Whether the validation rows that judged did not choose the step; then other ones did.
+    looks: How many adapters the rows that judged have chosen from; 1 if they chose nothing. What is called better must
+        be so for the best of so many (Bonferroni).
     steps: Optimizer steps that were taken.
     kept_step: The step whose weights became the adapter.
     stopped_early: Whether the run ended before its last planned step, as the held-out loss did not fall any more.

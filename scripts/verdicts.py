@@ -5,7 +5,8 @@
 Each simulated adapter is exactly as good as its base, and as always giving the most frequent answer: the margin of a
 row, by which its right answer is ahead, is a stationary process over the steps, with the base as its first value, so
 its loss and its share of right answers have the same expectation at every step. The step with the lowest loss is
-kept, and judged as `training.comparisons` does: by the other half of the rows from 40 on, or by the same rows.
+kept, and judged as `training.comparisons` does: by the other half of the rows from 40 on, or by the same rows. Labels
+are also judged beside a base that knows none of them: better than it is right then, and only *beats* is wrong.
 """
 
 import argparse
@@ -31,8 +32,9 @@ SKEW = 1.0
 """Deviation of the logarithm of the tokens of a row."""
 
 
-def verdict_of(rows: int, steps: int, again: float, seed: int, *, labels: bool) -> Name:
-    """The verdict on one run. labels: whether answers are labels, otherwise texts."""
+def verdict_of(rows: int, steps: int, again: float, seed: int, *, labels: bool, knows: bool = True) -> Name:
+    """The verdict on one run. labels: whether answers are labels, otherwise texts. knows: whether the base is as good
+    as the majority; otherwise none of its labels is right, as for a base that does not know them."""
     dice = np.random.default_rng((seed, rows, steps, int(100 * again), labels))
     states = [dice.standard_normal(rows)]
     for _ in range(steps):
@@ -48,6 +50,7 @@ def verdict_of(rows: int, steps: int, again: float, seed: int, *, labels: bool) 
     answers, looks = None, 1 if apart else steps
     if labels:
         first, second = ((margins[step][judge] > 0).astype(float) for step in (0, kept))
+        first *= knows
         constant = (dice.random(len(judge)) < 0.5).astype(float)
         answers = Answers.of(first, second, np.ones(len(judge)), ("label", constant), looks)
     return decide(Gain.of(base, adapter, "validation"), answers, looks=looks)
@@ -65,6 +68,10 @@ def main() -> None:
         kind = "labels" if labels else "texts"
         cells = f"{kind} | {rows} | {steps} | {again} | {better:.1%} | {beats:.1%} | {better + beats:.1%}"
         print(f"| {cells} |", flush=True)
+        if labels:  # here *better* is right, and only *beats* is wrong
+            unknown = (verdict_of(rows, steps, again, seed, labels=True, knows=False) for seed in range(runs))
+            wrong = sum(name == "beats base and majority" for name in unknown) / runs
+            print(f"| labels that the base does not know | {rows} | {steps} | {again} | | {wrong:.1%} | {wrong:.1%} |")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,27 @@ def test_labels_are_judged_by_their_answers(cli: Callable[..., Ran], run_config:
     for model, share in (("base", answers["of_base"]), ("adapter", answers["right"])):
         assert scored[model]["exact_match"] == share
     assert answers["right"] > 0.4, answers
+    assert (found["judged_apart"], found["looks"]) == (True, 1)
+
+
+@pytest.mark.parametrize("held_out", [39, 40])
+def test_rows_that_end_the_run_do_not_judge_it_alone(
+    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, held_out: int
+) -> None:
+    """With `keep: last`, too: half of 40 rows stop the run, and the others judge; fewer do both, which is said."""
+    rows = [
+        {"prompt": f"{number} and", "completion": f" {number} words that are more than a label" * 9}
+        for number in range(60)
+    ]
+    data = {
+        "train": str(write_rows(tmp_path / "train.jsonl", rows[:20])),
+        "validation": str(write_rows(tmp_path / "held.jsonl", rows[20 : 20 + held_out])),
+    }
+    training = {"max_steps": 4, "eval_steps": 1, "keep": "last", "patience": 3}
+    ran = cli("train", run_config(data=data, training=training), "--json", "--allow-worse")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["judged_apart"], found["looks"]) == ((True, 1) if held_out == 40 else (False, 4))
 
 
 def test_a_sample_shows_where_the_answer_differs() -> None:

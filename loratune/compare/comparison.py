@@ -156,7 +156,7 @@ class Comparison:
         if (over := self.paired.get(metrics.MAJORITY, {}).get(metric)) is None:
             return found
         constant = self.scores[metrics.MAJORITY].metrics[metric]
-        return replace(found, majority=self.majority, of_majority=constant, over_majority=over)
+        return replace(found, majority=(self.majority or "").strip(), of_majority=constant, over_majority=over)
 
     @property
     def verdict(self) -> verdicts.Name | Verdict | None:

@@ -142,7 +142,8 @@ class Plan:
     def comparisons(self) -> Comparisons:
         """What is compared after the last step."""
         evaluations, is_scaled = self.evaluations, self.config.training.adapter_scale == AUTO
-        selects = self.config.keeps_best and evaluations is not None and evaluations.count > 1
+        stops = self.config.keeps_best or self.training.patience is not None
+        selects = stops and evaluations is not None and evaluations.count > 1
         instructions: list[behavior.Ids] = []
         with suppress(DataError, ModelError):  # then it is not measured
             instructions = behavior.prompts(self.datasets.renderer, load.context_length(self.model.config))[1]

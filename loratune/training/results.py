@@ -225,6 +225,8 @@ class TrainedAdapter:
         interval = self._held_out_interval()
         metrics: dict[str, Any] = {
             "verdict": self.verdict,
+            "judged_apart": self.judged_apart,
+            "looks": self.looks,
             "steps": self.steps,
             "kept_step": self.kept_step,
             "stopped_early": self.steps < self.planned_steps,
