@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ATTENTION, Ran, check_refused
 from running import Cli, MakeConfig
-from transformers import FalconConfig, LlamaConfig, Phi3Config
+from transformers import FalconConfig, GPT2Config, LlamaConfig, Phi3Config
 
 import loratune
 from loratune import config
@@ -157,6 +157,16 @@ def test_fused_modules_are_counted_once(tmp_path: Path) -> None:
         ("o", 3, (32, 32)),
     ]
     assert sum(group.trainable for group in counts.groups) == counts.count.trainable
+
+
+def test_whole_modules_are_counted_with_their_biases(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    directory = tmp_path / "gpt2"
+    GPT2Config(**shape, vocab_size=264, architectures=["GPT2LMHeadModel"]).save_pretrained(directory)
+    whole = {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}
+    counts = counted(cli("params", run_config(model={"name_or_path": str(directory)}, lora=whole), "--json"))
+    assert counts["others"] == {"transformer.ln_f, whole": 2 * 32}
+    assert sum(counts["roles"].values()) + 2 * 32 == counts["trainable"]
 
 
 @pytest.mark.slow

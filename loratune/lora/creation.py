@@ -103,8 +103,9 @@ def attach(
     if section.bias != "none" and not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")):
         what = "the model has no such biases"
         raise ModelError(Problem(Code.LORA_UNKNOWN_TARGET, what, key="lora.bias", fix="set it to none"))
-    if section.use_lorafa:
-        parameters.freeze_a(model)
+    for name, parameter in model.named_parameters() if section.use_lorafa else ():
+        if "lora_A" in name:  # PEFT's optimizer does so too, but counts and checks come before it
+            parameter.requires_grad_(False)
     return model
 
 

@@ -10,11 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import count
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer, get_eva_state_dict
+from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict
+from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +33,7 @@ from loratune.lora.tensors import Weights, effective_keys, read_adapter
 KEY = "lora.init_lora_weights"
 
 _MOST_FORWARDS = 1000
-"""PEFT's loop for EVA (peft.tuners.lora.eva) repeats its batches until the directions converge, without a limit."""
+"""`get_eva_state_dict` repeats its batches until the directions converge, without a limit."""
 
 
 def becomes_plain_lora(section: LoraSection) -> bool:
@@ -93,7 +94,8 @@ def check_ranks(model: PeftModel, section: LoraSection) -> None:
 def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Set every A to the principal directions of its layer's inputs at the supervised tokens, in place.
 
-    Ranks do not change (rho = 1). Paischer et al. 2024, arXiv:2410.07170.
+    Ranks do not change (rho = 1). Paischer et al. 2024, arXiv:2410.07170. PEFT's `initialize_lora_eva_weights` would
+    also write whole paths into the configuration, and draw layers anew that EVA does not support.
 
     Args:
         model: The model with the fresh adapter.
@@ -105,21 +107,18 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
     """
     config: LoraConfig = copy(model.peft_config["default"])
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
-    most = max(layer.r["default"] for _, layer in lora_layers(model))
     supervised = [int((batch["labels"] != -100).sum()) for batch in batches]
-    large = [batch for batch, tokens in zip(batches, supervised, strict=True) if tokens > most]
+    large = [batch for batch, tokens in zip(batches, supervised, strict=True) if tokens > config.r]
     if not large:
-        what = f"eva needs a batch with more supervised tokens than r = {most}; the first batches have at most "
+        what = f"eva needs a batch with more supervised tokens than r = {config.r}; the first batches have at most "
         what += f"{max(supervised)}"
         fix = "raise training.per_device_train_batch_size, or lower lora.r"
         raise DataError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix=fix))
-    forwards, inner = 0, model.get_base_model()
+    forwards, inner = count(1), model.get_base_model()
     was_training = inner.training
 
     def forward(wrapped: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-        nonlocal forwards
-        forwards += 1
-        if forwards > _MOST_FORWARDS:
+        if next(forwards) > _MOST_FORWARDS:
             what = f"eva's directions did not settle in {_MOST_FORWARDS} batches"
             fix = "lower lora.r, or use another initialization"
             raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix=fix))

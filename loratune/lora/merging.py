@@ -31,7 +31,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.lora import adapter_files, attach, tensors, upstream
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import WRAPPER_PREFIX, join_first
-from loratune.lora.tensors import KEPT, PARAMETERS, Weights, not_finite, obstacles, read_adapter
+from loratune.lora.tensors import FROM_FIRST, PARAMETERS, Weights, not_finite, obstacles, read_adapter
 
 ADAPTER = "default"
 _WRAPPERS = (".base_layer", ".original_module")
@@ -388,7 +388,7 @@ def _stacked(
         if down.dim() > 2:
             down, up = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
         tensors[names[0][0]], tensors[names[0][1]] = down.contiguous(), up.contiguous()
-    config = {key: files[0].config.get(key) for key in (*KEPT, *([PARAMETERS] if parameters else []))} | {
+    config = {key: files[0].config.get(key) for key in (*FROM_FIRST, *([PARAMETERS] if parameters else []))} | {
         "r": rank, "lora_alpha": rank, "target_modules": sorted(layers.keys() - parameters.keys()), "bias": "none",
         "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
         "modules_to_save": None, "inference_mode": True,

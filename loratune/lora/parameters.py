@@ -88,18 +88,18 @@ def remade_sizes(model: PeftModel) -> dict[str, list[int]]:
 
 
 def trained_sizes(model: PeftModel) -> dict[str, int]:
-    """Trained parameters, named as in the base → their sizes."""
-    return {
-        _base_name(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    """Trained parameters, named as in the base (`lm_head, whole`, `model.embed_tokens, tokens`) → their sizes.
 
-
-def _base_name(parameter: str) -> str:
-    """The name of a parameter without PEFT's wrappers: `lm_head, whole`, `model.embed_tokens, tokens`."""
-    name = without_wrappers(parameter.removeprefix(WRAPPER_PREFIX))
-    if ".modules_to_save." in name:
-        return f"{name.partition('.modules_to_save.')[0]}, whole"
-    return re.sub(r"(\.token_adapter)?\.trainable_tokens_delta\..*", ", tokens", name)
+    A whole module counts as one, with its bias.
+    """
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = without_wrappers(name.removeprefix(WRAPPER_PREFIX))
+            name = re.sub(r"\.modules_to_save\..*", ", whole", name)
+            name = re.sub(r"(\.token_adapter)?\.trainable_tokens_delta\..*", ", tokens", name)
+            sizes[name] = sizes.get(name, 0) + parameter.numel()
+    return sizes
 
 
 def per_rank(model: PeftModel) -> int:
@@ -194,13 +194,6 @@ OptimizerChoice = tuple[type[Optimizer], dict[str, Any]]
 """A class of optimizers and its keywords, for `Trainer(optimizer_cls_and_kwargs=...)`."""
 
 
-def freeze_a(model: PeftModel) -> None:
-    """Exclude every A from training."""
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
-
-
 def choose_optimizer(
     model: PeftModel, section: LoraSection, default: OptimizerChoice, weight_decay: float
 ) -> OptimizerChoice:
@@ -220,8 +213,14 @@ def choose_optimizer(
         optimizer = create_lorafa_optimizer(
             model, section.r, section.lora_alpha, lr=keywords["lr"], weight_decay=weight_decay
         )
-        groups = [_without_base(group) for group in optimizer.param_groups]
-        return type(optimizer), {"params": groups, "lr": keywords["lr"]}
+        (group,) = optimizer.param_groups  # without the frozen base, which PEFT's step skips
+        numbers = [
+            number
+            for number, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True))
+            if parameter.requires_grad or "lora_A" in name
+        ]
+        columns = {key: [group[key][number] for number in numbers] for key in ("params", "names", "scaling_factors")}
+        return type(optimizer), {"params": [group | columns], "lr": keywords["lr"]}
     if section.loraplus_lr_ratio is not None:
         optimizer = create_loraplus_optimizer(
             model,
@@ -233,14 +232,3 @@ def choose_optimizer(
         )
         return kind, keywords | {"params": [group for group in optimizer.param_groups if group["params"]]}
     return default
-
-
-def _without_base(group: dict[str, Any]) -> dict[str, Any]:
-    """LoRA-FA's group without the frozen base, whose parameters it would only skip."""
-    indices = [
-        index
-        for index, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True))
-        if parameter.requires_grad or "lora_A" in name
-    ]
-    columns = ("params", "names", "scaling_factors")
-    return group | {column: [group[column][index] for index in indices] for column in columns}

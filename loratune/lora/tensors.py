@@ -26,7 +26,7 @@ Weights = dict[str, torch.Tensor]
 """Name in the adapter file → tensor."""
 
 
-KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
+FROM_FIRST = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
 """Keys of a configuration that a sum of adapters takes from the first."""
 PARAMETERS = "target_parameters"
 """The key of adapted parameters, such as stacked experts."""
@@ -42,7 +42,7 @@ _REASONS = {
 }
 """Key of the configuration → why an adapter that sets it is not plain LoRA."""
 _HARMLESS = {
-    *KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
+    *FROM_FIRST, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping", "inference_mode", "peft_version",
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "megatron_config", "megatron_core", "qalora_group_size",

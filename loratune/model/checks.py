@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,6 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -91,17 +90,6 @@ def check_present(section: ModelSection) -> None:
 _COUNT = re.compile("(layers?|blocks?|depth|experts|labels)$")
 _MOST = 30_000
 """How many layers, experts or labels a model may have: more than any has, and few enough to be built."""
-
-
-def check_config_file(name: str, origin: Mapping[str, Any]) -> None:
-    """`check_values` for the config.json of a model, before transformers makes lists as long as it says.
-
-    Args:
-        name: The directory or the repository.
-        origin: What transformers needs to find the file. A GGUF file, which takes seconds to read, is left out.
-    """
-    if "gguf_file" not in origin:
-        check_values(PreTrainedConfig.get_config_dict(name, **origin)[0], f"{name}/config.json")
 
 
 def check_values(values: Any, file: str, *keys: str) -> None:

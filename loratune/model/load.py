@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
 from loratune.codes import Code
@@ -60,7 +67,9 @@ def load_config(section: ModelSection, source: ModelSource | None = None) -> Any
     source = source or locate(section)
     try:
         origin = source.gguf_unless("config.json") | _trusted_origin(section)
-        checks.check_config_file(source.name, origin)
+        if "gguf_file" not in origin:  # which takes seconds to read
+            values, _ = PreTrainedConfig.get_config_dict(source.name, **origin)
+            checks.check_values(values, f"{source.name}/config.json")  # transformers makes lists of these lengths
         config = AutoConfig.from_pretrained(source.name, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise checks.unreadable("configuration", section, error) from None
@@ -125,6 +134,10 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     from_pretrained, config, origin = _loader(section, source, config)
     quantization_config = loading_config(section, config, dtype := compute_dtype(section))
     is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
+    device_map: Any = section.device_map
+    # Packed weights cannot be moved later. Sharded ones are moved by accelerate, shard by shard.
+    if device_map is None and not launcher.sharding() and (is_packed or accelerator.has_gpu()):
+        device_map = {"": device()}
     quantized = import_module("loratune.kernels.quantized") if held_as(section, config) != "none" else None
     if quantized is not None:  # it imports bitsandbytes, which few bases need
         quantized.use_operations()
@@ -135,7 +148,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization_config,
-                device_map=_device_map(section, packed=is_packed),
+                device_map=device_map,
                 attn_implementation=self_test.attention(section.attn_implementation)[0],
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_complete` reports them with their names
@@ -225,15 +238,6 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
         raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, "use the same files everywhere"))
     config = load_config(section)
     return Base(model, fingerprint, files, config, [*tensor_files.notes(section, config), *machine_notes(section)])
-
-
-def _device_map(section: ModelSection, *, packed: bool) -> Any:
-    """Where `from_pretrained` is to put the weights; packed ones cannot be moved later."""
-    if section.device_map is not None:
-        return section.device_map
-    if launcher.sharding():
-        return None  # accelerate moves the weights from the machine's memory to the devices, shard by shard
-    return {"": device()} if packed or accelerator.has_gpu() else None
 
 
 @upstream.quiet_transformers()

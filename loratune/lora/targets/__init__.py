@@ -183,10 +183,16 @@ def _hybrid(survey: Survey, targets: Collection[str]) -> list[str]:
         return []
     kinds = ", ".join(dict.fromkeys(_kind(survey, survey.mixers[path]) for path in free))
     others = "other " if any(path in targets for path in survey.mixers) else ""
-    attention_layers, layers = _attention_layers(survey)
+    projections = {id(survey.modules[path]) for path in survey.serves}
+    modules = survey.model.named_modules(remove_duplicate=False)
+    with_attention = {
+        module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in projections
+    }
+    stacks = [survey.modules.get(name) for name in {module_names.parent(layer) for layer in with_attention}]
+    layers = sum(len(stack) for stack in stacks if isinstance(stack, nn.ModuleList))
     where = f"all {layers} layers have attention"
-    if attention_layers < layers:
-        where = f"attention is in {attention_layers} of {layers} layers"
+    if len(with_attention) < layers:
+        where = f"attention is in {len(with_attention)} of {layers} layers"
     names = module_names.join_first(list(dict.fromkeys(map(module_names.short, free))), 6)
     return [f"{where}; the {others}{kinds} modules are not adapted: name them ({names}) to adapt them"]
 
@@ -196,16 +202,6 @@ def _kind(survey: Survey, mixer: str) -> str:
     name = module_names.own_name(mixer)
     is_attention_name = any(f".{name}." in f".{module_names.parent(path)}." for path in survey.serves)
     return type(survey.modules[mixer]).__name__ if is_attention_name else name
-
-
-def _attention_layers(survey: Survey) -> tuple[int, int]:
-    """The number of layers with attention, and of all layers, in the stacks that have attention."""
-    projections = {id(survey.modules[path]) for path in survey.serves}
-    modules = survey.model.named_modules(remove_duplicate=False)
-    layers = {module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in projections}
-    stacks = {module_names.parent(layer) for layer in layers}
-    sizes = [len(stack) for name in stacks if isinstance(stack := survey.modules.get(name), nn.ModuleList)]
-    return len(layers), sum(sizes)
 
 
 def _tied(survey: Survey, targets: Collection[str]) -> list[str]:

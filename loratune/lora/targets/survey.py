@@ -185,14 +185,11 @@ def _service(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | N
     for name in list(module_names.tails(path))[1::-1]:  # `output.dense` before `dense`
         attention = path.removesuffix(name).rstrip(".")
         if name in SERVES and _is_self_attention(attention, modules):
-            return attention, "kv" if _values_are_keys(modules[attention], name) else SERVES[name]
+            # In some layers of Gemma 4, `v_proj` is None, and the output of `k_proj` is used as values too.
+            are_values = name == "k_proj" and vars(modules[attention]).get("v_proj", name) is None
+            return attention, "kv" if are_values else SERVES[name]
     above = parent(path)
     return (above, "") if _is_self_attention(above, modules) else None
-
-
-def _values_are_keys(attention: nn.Module, name: str) -> bool:
-    """Some layers of Gemma 4: `v_proj` is None, and the output of `k_proj` is used as values too."""
-    return name == "k_proj" and vars(attention).get("v_proj", name) is None
 
 
 def _is_self_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:
