@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from loratune.adapter.options import Sampling as Sampling
     from loratune.api.adapter import Adapter as Adapter
     from loratune.api.adapters import Adapters as Adapters
-    from loratune.api.functions import count_parameters as count_parameters
-    from loratune.api.functions import environment as environment
-    from loratune.api.functions import explain as explain
-    from loratune.api.functions import init as init
-    from loratune.api.functions import load_config as load_config
-    from loratune.api.functions import plan as plan
-    from loratune.api.functions import report_study as report_study
-    from loratune.api.functions import train as train
+    from loratune.api.config import load_config as load_config
+    from loratune.api.env import environment as environment
+    from loratune.api.explain import Explanation as Explanation
+    from loratune.api.explain import explain as explain
+    from loratune.api.init import init as init
+    from loratune.api.machine import Environment as Environment
+    from loratune.api.params import count_parameters as count_parameters
+    from loratune.api.report import report_study as report_study
     from loratune.api.sweep import sweep as sweep
+    from loratune.api.train import PublishedAdapter as PublishedAdapter
+    from loratune.api.train import plan as plan
+    from loratune.api.train import train as train
     from loratune.compare.comparison import Comparison as Comparison
+    from loratune.compare.evaluation import ScaleComparison as ScaleComparison
+    from loratune.compare.tasks import TaskResults as TaskResults
     from loratune.config import RunConfig as RunConfig
     from loratune.errors import AdapterError as AdapterError
     from loratune.errors import ConfigError as ConfigError
@@ -49,6 +54,12 @@ if TYPE_CHECKING:
     from loratune.events import ProgressEvent as ProgressEvent
     from loratune.events import StepEvent as StepEvent
     from loratune.events import TrainingEvent as TrainingEvent
+    from loratune.export.export import Exported as Exported
+    from loratune.export.hub import Upload as Upload
+    from loratune.export.merge import Merged as Merged
+    from loratune.training.init import InitialConfig as InitialConfig
+    from loratune.training.params import Params as Params
+    from loratune.training.plan import Plan as Plan
 
 __version__ = "1.0.0"
 
@@ -56,13 +67,28 @@ _MODULES = {
     "adapter.options": "Sampling",
     "api.adapter": "Adapter",
     "api.adapters": "Adapters",
-    "api.functions": "count_parameters environment explain init load_config plan report_study train",
+    "api.config": "load_config",
+    "api.env": "environment",
+    "api.explain": "Explanation explain",
+    "api.init": "init",
+    "api.machine": "Environment",
+    "api.params": "count_parameters",
+    "api.report": "report_study",
     "api.sweep": "sweep",
+    "api.train": "PublishedAdapter plan train",
     "compare.comparison": "Comparison",
+    "compare.evaluation": "ScaleComparison",
+    "compare.tasks": "TaskResults",
     "config": "RunConfig",
     "errors": "AdapterError ConfigError DataError LockedError LoratuneError LostError ModelError NumericError Problem "
     "RequirementError ResourceError ResumeError",
     "events": "EvaluationEvent Event FinishedEvent NoteEvent PlanEvent ProgressEvent StepEvent TrainingEvent",
+    "export.export": "Exported",
+    "export.hub": "Upload",
+    "export.merge": "Merged",
+    "training.init": "InitialConfig",
+    "training.params": "Params",
+    "training.plan": "Plan",
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

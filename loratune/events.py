@@ -20,7 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from loratune.api.train import PublishedAdapter
+    from loratune.compare.comparison import Comparison
+    from loratune.compare.evaluation import ScaleComparison
+    from loratune.compare.tasks import TaskResults
+    from loratune.training.init import InitialConfig
 
 Unit = Literal["", "bytes", "items"]
 """The unit of a task's progress; empty if the total is unknown."""
@@ -139,13 +146,14 @@ class FinishedEvent:
     """A function is done.
 
     Attributes:
-        result: The result: the adapter's metrics for `train`, the config and estimates of its run for `init`, the
-            comparison for `evaluate`.
+        result: The published adapter with its metrics for `train`, the config and estimates of its run for `init`, the
+            comparison for `evaluate`, one for each scale for `evaluate_scales`, those of tasks for `run_tasks`.
     """
 
-    result: Any = field(repr=False)
+    result: "Result" = field(repr=False)
 
 
+Result: TypeAlias = "PublishedAdapter | InitialConfig | Comparison | ScaleComparison | TaskResults"
 Event: TypeAlias = NoteEvent | PlanEvent | ProgressEvent | TrainingEvent | StepEvent | EvaluationEvent | FinishedEvent
 Listener: TypeAlias = Callable[[Event], Any]
 Advance: TypeAlias = Callable[[int], None]

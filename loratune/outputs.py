@@ -181,7 +181,7 @@ Attributes:
 """
 ExplainedKey = TypedDict("ExplainedKey", {"meaning": str, "type": str, "required": bool, "default": Any,
     "memory_and_time": str, "other_names": list[str],
-    "in_force": list[Annotated[dict[str, Any], "loratune.commands.explain.Setting"]],
+    "in_force": list[Annotated[dict[str, Any], "loratune.api.explain.Setting"]],
     "template_reads": NotRequired[dict[str, str]], "servers": NotRequired[dict[str, str]]})  # fmt: skip
 """A key of the config.
 
@@ -339,7 +339,7 @@ Attributes:
     value: The value.
     advice: What to do where it is slow or missing.
 """
-Env: TypeAlias = dict[str, dict[str, Fact] | list[Annotated[dict[str, Any], "loratune.commands.env.Check"]]]
+Env: TypeAlias = dict[str, dict[str, Fact] | list[Annotated[dict[str, Any], "loratune.api.machine.Check"]]]
 """Section → name → what was found; `self_test` has the results of `--self-test`."""
 Reported = TypedDict("Reported", {"code": str, "place": str, "key": str, "what": str, "fix": str})
 """One thing that is wrong.

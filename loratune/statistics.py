@@ -42,7 +42,7 @@ class Interval:
     low: float
     high: float
 
-    def as_json(self) -> list[float]:
+    def to_dict(self) -> list[float]:
         """`[low, high]`."""
         return [self.low, self.high]
 

@@ -151,7 +151,7 @@ def attempt(hour: Hour, name: str, wanted: list[str]) -> None:
     work = hour.work / "faults" / name
     bench = faults.Bench(TOOLS[name], hour.programs(name), work, model, other, ROWS / "train.jsonl", hour.limit, judge)
     for fault, outcome in faults.attempts(bench, wanted):
-        values = outcome.as_json(fault)
+        values = outcome.to_dict(fault)
         values["last"] = values["last"].replace(f"{work}/", "").replace(f"{hour.work}/", "")[:240]
         hour.keep("fault", name, {"fault": fault} | values)
 

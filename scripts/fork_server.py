@@ -249,16 +249,16 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
-    import loratune.api.display  # noqa: PLC0415
+    import loratune.adapter.answering  # noqa: PLC0415
     import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
+    import loratune.cli.display  # noqa: PLC0415
     import loratune.cli.terminal  # noqa: PLC0415
-    import loratune.commands.evaluate  # noqa: PLC0415
-    import loratune.commands.generate  # noqa: PLC0415
-    import loratune.commands.sweep  # noqa: PLC0415
-    import loratune.commands.train  # noqa: PLC0415
+    import loratune.compare.evaluation  # noqa: PLC0415
     import loratune.memory.activations  # noqa: PLC0415
     import loratune.study.storage  # noqa: PLC0415
+    import loratune.study.sweep  # noqa: PLC0415
     import loratune.training.processes  # noqa: PLC0415
+    import loratune.training.run  # noqa: PLC0415
 
     if folder := os.environ.get("SHARED_TRACES"):
         loratune.memory.activations._TRACED = SharedTraces(Path(folder))

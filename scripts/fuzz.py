@@ -30,11 +30,11 @@ from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.api.self_test import byte_tokenizer
-from loratune.commands import train
 from loratune.config import DataSection
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError
 from loratune.training import preflight
+from loratune.training import run as training_run
 from loratune.training.checkpoints import run_dir
 
 MAX_SECONDS = 20
@@ -268,7 +268,7 @@ def trained(scratch: Path) -> Path:
     run = config.load(scratch / "good.yaml")
     directory = run_dir.check(run.output_dir, resume=False, overwrite=False)
     ready = preflight.check(run, directory)
-    train.train(ready)
+    training_run.train(ready)
     return scratch / "good"
 
 

@@ -34,13 +34,13 @@ from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
-from loratune.commands.evaluate import engine_of
-from loratune.commands.train import train as train_run
 from loratune.compare import behavior
+from loratune.compare.evaluation import engine_of
 from loratune.config import Source
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
 from loratune.training.results import TrainedAdapter
+from loratune.training.run import train as train_run
 
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
 MODELS = {"135M": "models/SmolLM2-135M-Instruct", "57M": "", "narrow": ""}

@@ -116,14 +116,14 @@ transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 TRAIN = """
 import json, pathlib, sys, torch
 from loratune.__main__ import main
-from loratune.commands import train
+from loratune.training import run
 result = pathlib.Path(sys.argv.pop(1))
-make_plan = train.make_plan
+make_plan = run.make_plan
 def make_and_record(*arguments):
     made = make_plan(*arguments)
     result.write_text(json.dumps(made.memory.parts()))
     return made
-train.make_plan = make_and_record
+run.make_plan = make_and_record
 try:
     main()
 finally:

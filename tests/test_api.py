@@ -220,7 +220,7 @@ def test_several_adapters_share_a_base(adapter: loratune.Adapter, folder: Path) 
     paths = {"one": adapter.path, "two": shutil.copytree(adapter.path, folder / "two")}
     rows = [{"prompt": "1 and 1 make", "adapter": name} for name in ("two", "one")]
     named = loratune.Adapters(paths)
-    named.open()
+    _ = named.opened.directories
     (alone,) = adapter.generate(["1 and 1 make"], max_new_tokens=4)
     answers = list(named.answers(rows, max_new_tokens=4, base=True))
     assert [(one.adapter, one.completion) for one in answers] == [("two", alone), ("one", alone)]

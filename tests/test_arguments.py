@@ -13,7 +13,8 @@ import torch
 from conftest import ROWS, config_in
 
 import loratune
-from loratune.api.functions import adapter_stats, push
+from loratune.api.params import adapter_stats
+from loratune.api.push import push
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -107,7 +108,7 @@ def test_no_argument_ends_in_an_error_of_python(
         (loratune.Adapter, {"path": path, "scale": 1.0}),
         (sampled, {"temperature": 0.5}),
         (adapter_stats, {"path": path}),
-        (push, {"path": path, "repository": "me/skill"}),
+        (push, {"adapter": path, "repository": "me/skill"}),
         (answered, {"rows": prompts, **few}),
         (adapter.generate, {"prompts": prompts, **few}),
         (adapter.chat, few),

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.commands import train
 from loratune.config import ModelSection
 from loratune.config import load as load_config
 from loratune.errors import ModelError
 from loratune.events import Event, StepEvent, TrainingEvent, listening
 from loratune.model import load, tensor_files
 from loratune.training import preflight
+from loratune.training import run as training_run
 from loratune.training.checkpoints import run_dir
 
 
@@ -128,7 +128,7 @@ def test_a_change_while_the_base_is_loaded_is_refused(
 def run(config: Path, out: Path, on_event: Callable[[Event], None]) -> None:
     """Train in this process through the API; the command line has a listener of its own."""
     with listening(on_event):
-        train.train(preflight.check(load_config(config), run_dir.check(str(out), overwrite=False)))
+        training_run.train(preflight.check(load_config(config), run_dir.check(str(out), overwrite=False)))
 
 
 def test_a_run_whose_base_changes_ends_with_its_last_checkpoint(

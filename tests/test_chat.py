@@ -20,10 +20,10 @@ from running import Cli
 from typer.testing import CliRunner
 
 from loratune.adapter import loading, options
+from loratune.adapter.chat import Chat, Exchange
 from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands.chat import Chat, Exchange
 from loratune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("untraced_module")

@@ -195,7 +195,7 @@ def test_the_search_ends_at_the_first_scale_that_fails_or_at_the_last() -> None:
 def test_without_a_gain_the_scale_is_one(base: float, adapter: float) -> None:
     found = scale.choose(at({0.0: base, 1.0: adapter}), "pair")
     assert found.value == 1 and "there is no gain on 100 validation pairs" in str(found)
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_too_few_rows(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_forgetting_is_the_loss_on_the_old_validation_rows(
     line = f"loss {before:.4f} → {after:.4f} on 9 validation rows of the earlier run"
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"**Earlier rows:** {line}" in card
-    assert f"**Started from:** the adapter `{tmp_path / 'first'}`" in card
+    assert f"**InitialConfig from:** the adapter `{tmp_path / 'first'}`" in card
     assert "without the other" in card
     assert "; it holds the adapter that it started from" in ran.out
 

@@ -23,9 +23,8 @@ from running import Cli, MakeConfig
 from transformers import LlamaForCausalLM
 
 import loratune
-from loratune.api import libraries, self_test, self_test_operations
+from loratune.api import libraries, machine, self_test, self_test_operations
 from loratune.codes import Code
-from loratune.commands import env
 from loratune.config import ModelSection
 from loratune.console import log
 from loratune.data.batches import packing_refusal
@@ -46,7 +45,7 @@ def test_the_page(cli: Cli) -> None:
     sections = [line for line in ran.out.splitlines() if not line.startswith(" ")]
     assert sections[:5] == ["program", "packages", "processor", "compiled code", "GPU"]
     assert f"torch {torch.__version__}" in " ".join(ran.out.split())
-    facts = json.loads(cli("env", "--json").out)
+    facts = json.loads(cli("machine", "--json").out)
     assert "self_test" not in facts and facts["program"]["loratune"]["value"].startswith(loratune.__version__)
     assert facts["GPU"]["GPU"]["value"] == "none; training runs on the CPU"
 
@@ -55,7 +54,7 @@ def test_a_token_is_never_shown(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     ran = cli("env")
     assert "hf_secret" not in ran.out + ran.err
-    assert "present" in json.loads(cli("env", "--json").out)["hub"]["token"]["value"]
+    assert "present" in json.loads(cli("machine", "--json").out)["hub"]["token"]["value"]
 
 
 @pytest.fixture
@@ -64,28 +63,28 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setattr(env.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    env.huggingface_hub.close_session()
+    monkeypatch.setattr(machine.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    machine.huggingface_hub.close_session()
     yield
-    env.huggingface_hub.close_session()
+    machine.huggingface_hub.close_session()
 
 
 @pytest.mark.usefixtures("direct")
 def test_a_hub_that_accepts_and_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env, "SECONDS", 0.5)
+    monkeypatch.setattr(machine, "SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert env._reached(f"http://127.0.0.1:{server.getsockname()[1]}")
-    assert env._reached("http://127.0.0.1:1").startswith("cannot be reached")
-    assert env._reached("no url").startswith("cannot be reached")
+        assert machine._reached(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert machine._reached("http://127.0.0.1:1").startswith("cannot be reached")
+    assert machine._reached("no url").startswith("cannot be reached")
 
 
 @pytest.mark.usefixtures("direct")
 def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking up an address has no timeout."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
-    monkeypatch.setattr(env, "SECONDS", 0.5)
+    monkeypatch.setattr(machine, "SECONDS", 0.5)
     start = time.monotonic()
-    assert env._reached("http://nowhere.invalid") == "does not answer within 0.5 s"
+    assert machine._reached("http://nowhere.invalid") == "does not answer within 0.5 s"
     assert time.monotonic() - start < 4
 
 
@@ -120,8 +119,8 @@ STATUSES = {200: "answers", 404: "answers", 503: "answers with an error (HTTP 50
 @pytest.mark.parametrize("status", STATUSES)
 def test_what_the_hub_answers(status: int, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """User and password of its URL are sent, and not shown."""
-    monkeypatch.setattr(env.huggingface_hub.constants, "ENDPOINT", f"http://me:g%20h@{server}/{status}")
-    (fact,) = env._found("hub", env._endpoint)
+    monkeypatch.setattr(machine.huggingface_hub.constants, "ENDPOINT", f"http://me:g%20h@{server}/{status}")
+    (fact,) = machine._found("hub", machine._endpoint)
     assert fact.value.startswith(f"http://{server}/{status} {STATUSES[status]}") and "me:" not in str(fact)
     assert bool(fact.advice) == (status > 406)
     assert Server.asked == [(f"/{status}", f"Basic {b64encode(b'me:g h').decode()}")]
@@ -131,8 +130,8 @@ def test_what_the_hub_answers(status: int, server: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("works", [True, False])
 def test_a_proxy_is_used_and_named(works: bool, name: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, f"http://me:secret@{server if works else '127.0.0.1:1'}")
-    monkeypatch.setattr(env.huggingface_hub.constants, "ENDPOINT", "http://nowhere.invalid/200")
-    (fact,) = env._found("hub", env._endpoint)
+    monkeypatch.setattr(machine.huggingface_hub.constants, "ENDPOINT", "http://nowhere.invalid/200")
+    (fact,) = machine._found("hub", machine._endpoint)
     assert "through the proxy http://127.0.0.1:" in fact.value and "secret" not in str(fact)
     assert bool(fact.advice) != works and (works or name in fact.advice or "PROXY" in fact.advice)
     assert [path for path, _ in Server.asked] == ["http://nowhere.invalid/200"] * works
@@ -165,24 +164,28 @@ def fail(error: BaseException) -> Any:
 
 
 FAILURES: dict[str, tuple[str, str, BaseException]] = {
-    "no home directory": ("env", "cache_directory", RuntimeError("Could not determine home directory.")),
-    "token file is a directory": ("env.huggingface_hub", "get_token", IsADirectoryError(21, "Is a directory", "/t")),
-    "token of OIDC": ("env.huggingface_hub", "get_token", ValueError("no token")),
-    "no /proc": ("env.psutil", "virtual_memory", FileNotFoundError(2, "No such file", "/proc/meminfo")),
-    "no metadata": ("env.importlib.metadata", "requires", PackageNotFoundError("loratune")),
-    "bitsandbytes exits": ("env", "bitsandbytes_lacks", SystemExit(5)),
-    "unreadable directory": ("env", "datasets_cache_dir", PermissionError(13, "Permission denied", "/c")),
-    "a driver fails": ("env.accelerator", "names", RuntimeError("CUDA error")),
-    "git fails": ("env.release", "describe", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")),
-    "the self-test": ("env.self_test", "passed", MemoryError()),
+    "no home directory": ("machine", "cache_directory", RuntimeError("Could not determine home directory.")),
+    "token file is a directory": (
+        "machine.huggingface_hub",
+        "get_token",
+        IsADirectoryError(21, "Is a directory", "/t"),
+    ),
+    "token of OIDC": ("machine.huggingface_hub", "get_token", ValueError("no token")),
+    "no /proc": ("machine.psutil", "virtual_memory", FileNotFoundError(2, "No such file", "/proc/meminfo")),
+    "no metadata": ("machine.importlib.metadata", "requires", PackageNotFoundError("loratune")),
+    "bitsandbytes exits": ("machine", "bitsandbytes_lacks", SystemExit(5)),
+    "unreadable directory": ("machine", "datasets_cache_dir", PermissionError(13, "Permission denied", "/c")),
+    "a driver fails": ("machine.accelerator", "names", RuntimeError("CUDA error")),
+    "git fails": ("machine.release", "describe", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")),
+    "the self-test": ("machine.self_test", "passed", MemoryError()),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_fails_becomes_a_line(name: str, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     owner, function, error = FAILURES[name]
-    monkeypatch.setattr(f"loratune.commands.{owner}.{function}", fail(error))
-    ran = cli("env", "--json")
+    monkeypatch.setattr(f"loratune.api.{owner}.{function}", fail(error))
+    ran = cli("machine", "--json")
     assert ran.code == 0, ran.err
     facts = [fact for section in json.loads(ran.out).values() for fact in section.values()]
     (found,) = [fact for fact in facts if f"({type(error).__name__}:" in fact["value"]]
@@ -191,7 +194,7 @@ def test_what_fails_becomes_a_line(name: str, monkeypatch: pytest.MonkeyPatch, c
 
 def test_ctrl_c_is_no_line() -> None:
     with pytest.raises(KeyboardInterrupt):
-        env._found("a", fail(KeyboardInterrupt()))
+        machine._found("a", fail(KeyboardInterrupt()))
 
 
 MODULES = {
@@ -207,10 +210,10 @@ def test_a_library_that_cannot_be_imported(
 ) -> None:
     (tmp_path / "broken_kernels.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(env, "OPTIONAL", {"broken_kernels": "attention", "nothing_like_this": "speed"})
+    monkeypatch.setattr(machine, "OPTIONAL", {"broken_kernels": "attention", "nothing_like_this": "speed"})
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "broken_kernels", raising=False)
-        facts = {fact.name: fact for fact in env.describe().sections["optional libraries"]}
+        facts = {fact.name: fact for fact in machine.describe().sections["optional libraries"]}
     sys.modules.pop("broken_kernels", None)
     assert MODULES[source] in facts["broken_kernels"].value and "HELLO" not in capsys.readouterr().out
     assert bool(facts["broken_kernels"].advice) == ("print" not in source)
@@ -222,7 +225,7 @@ def test_packages_that_break_the_libraries(tmp_path: Path) -> None:
     for name in ("bitsandbytes", "triton"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} is broken')")
-    ran = process("env", "--json", PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
+    ran = process("machine", "--json", PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
     assert ran.code == 0, ran.err
     facts = json.loads(ran.out)
     broken = facts["program"]["libraries"]
@@ -253,7 +256,7 @@ def test_variables_that_libraries_cannot_use(variable: str, tmp_path: Path) -> N
     """Most are read as a library is imported."""
     os.mkfifo(tmp_path / "pipe")
     value, name, told = VARIABLES[variable]
-    ran = process("env", "--json", **{variable: value.format(pipe=tmp_path / "pipe"), "HF_HUB_OFFLINE": "0"})
+    ran = process("machine", "--json", **{variable: value.format(pipe=tmp_path / "pipe"), "HF_HUB_OFFLINE": "0"})
     assert ran.code == 0, ran.err
     facts = {name: fact for section in json.loads(ran.out).values() for name, fact in section.items()}
     assert told in facts[name]["value"] and facts[name]["advice"], facts[name]
@@ -273,42 +276,42 @@ COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does no
 def test_a_compiler_that_does_not_work(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gcc").write_text(f"#!/bin/sh\nexec {script or 'echo gcc 1'}\n")
     (tmp_path / "gcc").chmod(0o755)
-    monkeypatch.setattr(env.shutil, "which", lambda name: str(tmp_path / "gcc"))
-    monkeypatch.setattr(env, "SECONDS", 0.5)
-    compiler, *dtypes = env._compiled_code()
+    monkeypatch.setattr(machine.shutil, "which", lambda name: str(tmp_path / "gcc"))
+    monkeypatch.setattr(machine, "SECONDS", 0.5)
+    compiler, *dtypes = machine._compiled_code()
     assert COMPILERS[script] in compiler.value
     assert len(dtypes) == (0 if script else 2)
 
 
 def test_a_reason_for_all_dtypes_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORATUNE_NATIVE", "0")
-    facts = [*env._compiled_code()][1:]
+    facts = [*machine._compiled_code()][1:]
     assert all(fact.value.startswith("not in use") for fact in facts)
     assert [bool(fact.advice) for fact in facts] == [True, False]
 
 
 def test_a_processor_that_is_hidden_and_an_xpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env.environment, "features", frozenset)
-    assert {fact.name: fact for fact in env._processor()}["instructions"].value.startswith("not known")
+    monkeypatch.setattr(machine.environment, "features", frozenset)
+    assert {fact.name: fact for fact in machine._processor()}["instructions"].value.startswith("not known")
     monkeypatch.setattr(torch.version, "xpu", "20250101")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert next(env._gpus()).value == "XPU 20250101"
+    assert next(machine._gpus()).value == "XPU 20250101"
 
 
 def test_too_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env.platforms, "processor_count", lambda: 8)
-    monkeypatch.setattr(env.environment, "processors", lambda: 4.0)
-    monkeypatch.setattr(env.torch, "get_num_threads", lambda: 2)
-    assert "OMP_NUM_THREADS" in env._cores().advice
-    monkeypatch.setattr(env.torch, "get_num_threads", lambda: 4)
-    assert not env._cores().advice
+    monkeypatch.setattr(machine.platforms, "processor_count", lambda: 8)
+    monkeypatch.setattr(machine.environment, "processors", lambda: 4.0)
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 2)
+    assert "OMP_NUM_THREADS" in machine._cores().advice
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 4)
+    assert not machine._cores().advice
 
 
 def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = ["torch>=2.13", "nothing-like-this>=1", 'pytest>=9999; extra == "dev"']
-    monkeypatch.setattr(env.importlib.metadata, "requires", lambda name: needed)
+    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda name: needed)
     monkeypatch.setattr(torch, "__version__", "1.0")
-    facts = {fact.name: fact for fact in env._packages()}
+    facts = {fact.name: fact for fact in machine._packages()}
     assert facts["nothing-like-this"].advice == "pip install 'nothing-like-this>=1'"
     assert facts["pytest"].advice == "pip install 'pytest>=9999'"
     assert not facts["torch"].advice
@@ -317,13 +320,13 @@ def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -
 def test_caches_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One below a file, one that cannot be written, one that is not there, and one whose name is too long."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(env.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(env, "datasets_cache_dir", lambda: tmp_path / ("x" * 300))
-    monkeypatch.setattr(env, "cache_directory", lambda: tmp_path / "here" / "loratune")
+    monkeypatch.setattr(machine.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(machine, "datasets_cache_dir", lambda: tmp_path / ("x" * 300))
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path / "here" / "loratune")
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
-    monkeypatch.setattr(env.os, "access", lambda path, mode: Path(path) != tmp_path / "here")
-    facts = {fact.name.partition(" ")[0]: fact for fact in env._memory()}
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: Path(path) != tmp_path / "here")
+    facts = {fact.name.partition(" ")[0]: fact for fact in machine._memory()}
     assert "is not a directory" in facts["bases"].advice
     assert "cannot be used (OSError" in facts["rows"].value and "that you can write to" in facts["rows"].advice
     assert "is not writable" in facts["compiled"].advice
@@ -332,7 +335,7 @@ def test_caches_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_all_checks_pass_here(cli: Cli) -> None:
-    ran = cli("env", "--self-test", "--json")
+    ran = cli("machine", "--self-test", "--json")
     assert ran.code == 0, ran.err
     checks = {check["name"]: check for check in json.loads(ran.out)["self_test"]}
     assert [check for check in checks.values() if check["result"] == results.FAILED] == []
@@ -340,7 +343,7 @@ def test_all_checks_pass_here(cli: Cli) -> None:
     assert checks["speed"]["result"] == results.PASSED and "times as fast" in checks["speed"]["detail"]
     if not torch.accelerator.is_available():
         needing = {"shared prefixes on a GPU", "FlashAttention 2", results.LIGER}
-        assert {name for name in needing if checks[name]["result"] == env.NOT_AVAILABLE} == needing
+        assert {name for name in needing if checks[name]["result"] == machine.NOT_AVAILABLE} == needing
     assert results.failed() == []
 
 
@@ -352,7 +355,7 @@ def test_operations_that_compute_something_else_fail(monkeypatch: pytest.MonkeyP
     assert result == results.FAILED and "(gate" in detail and "is allowed" in detail
 
 
-def run_checks(patch: pytest.MonkeyPatch, **found: Callable[[], Any]) -> list[env.Check]:
+def run_checks(patch: pytest.MonkeyPatch, **found: Callable[[], Any]) -> list[machine.Check]:
     """The self-test with these checks in the place of its own. Underscores in names stand for spaces."""
     names = {name.replace("_", " "): check for name, check in found.items()}
     patch.setattr(self_test._SelfTest, "checks", lambda self: iter(names.items()))
@@ -368,17 +371,17 @@ def test_what_failed_is_not_used_and_said(cli: Cli, run_config: MakeConfig, monk
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
     with monkeypatch.context() as patch:
         patch.setattr(self_test._SelfTest, "checks", checks)
-        ran = cli("env", "--self-test")
+        ran = cli("machine", "--self-test")
         check_refused(ran, 6, (Code.SYSTEM_SELF_TEST, "", ""))
     assert f"failed here: {FLOAT32}" in ran.out and "not run here" not in ran.out
     assert results.failed() == [FLOAT32]
     assert fused_ops.fused_ops(like) is reference
-    facts = {fact.name: fact.value for fact in env._program()}
+    facts = {fact.name: fact.value for fact in machine._program()}
     assert facts["self-test"] == f"failed here: {FLOAT32}"
     ran = cli("train", run_config(training={"max_steps": 1}))
     assert ran.code == 0 and "self-test failed on this machine" in ran.err
     results.record({FLOAT32: results.PASSED})
-    assert {fact.name: fact.value for fact in env._program()}["self-test"] == "2 checks passed here"
+    assert {fact.name: fact.value for fact in machine._program()}["self-test"] == "2 checks passed here"
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
 
 
@@ -482,14 +485,14 @@ def test_a_failure_is_kept_until_its_check_passes(monkeypatch: pytest.MonkeyPatc
 
 
 OUTCOMES = [
-    (ResourceError(Problem(Code.SYSTEM_DISK_FULL, "9 bytes are needed")), env.NOT_AVAILABLE, "9 bytes are needed"),
-    (ResourceError(Problem(Code.SYSTEM_OUT_OF_MEMORY, "too large")), env.NOT_AVAILABLE, "too large"),
-    (OSError(errno.ENOSPC, "No space left on device"), env.NOT_AVAILABLE, "No space left"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), env.NOT_AVAILABLE, "quota"),
-    (MemoryError(), env.NOT_AVAILABLE, "MemoryError"),
-    (RuntimeError("[enforce fail at inline_container.cc:672]"), env.NOT_AVAILABLE, "inline_container"),
-    (RuntimeError("CUDA error: out of memory"), env.NOT_AVAILABLE, "out of memory"),
-    (self_test_operations.NotAvailableError("there is no GPU"), env.NOT_AVAILABLE, "there is no GPU"),
+    (ResourceError(Problem(Code.SYSTEM_DISK_FULL, "9 bytes are needed")), machine.NOT_AVAILABLE, "9 bytes are needed"),
+    (ResourceError(Problem(Code.SYSTEM_OUT_OF_MEMORY, "too large")), machine.NOT_AVAILABLE, "too large"),
+    (OSError(errno.ENOSPC, "No space left on device"), machine.NOT_AVAILABLE, "No space left"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), machine.NOT_AVAILABLE, "quota"),
+    (MemoryError(), machine.NOT_AVAILABLE, "MemoryError"),
+    (RuntimeError("[enforce fail at inline_container.cc:672]"), machine.NOT_AVAILABLE, "inline_container"),
+    (RuntimeError("CUDA error: out of memory"), machine.NOT_AVAILABLE, "out of memory"),
+    (self_test_operations.NotAvailableError("there is no GPU"), machine.NOT_AVAILABLE, "there is no GPU"),
     (self_test_operations.DifferenceError("0.1 is too much"), results.FAILED, "DifferenceError: 0.1 is too much"),
     (NumericError(Problem(Code.SYSTEM_SELF_TEST, "NaN")), results.FAILED, "NaN"),
     (KeyError("x"), results.FAILED, "KeyError: 'x'"),
@@ -509,7 +512,7 @@ def test_a_lack_of_room_is_no_wrong_result(error: Exception, expected: str, told
 def test_checks_that_need_another_are_skipped_without_it(tmp_path: Path) -> None:
     tests = self_test._SelfTest(tmp_path)
     for check in (tests._resume, tests._generate, tests._liger):
-        assert self_test._outcome(check)[0] == env.NOT_AVAILABLE
+        assert self_test._outcome(check)[0] == machine.NOT_AVAILABLE
 
 
 def test_no_room_for_the_models_of_the_self_test(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +521,7 @@ def test_no_room_for_the_models_of_the_self_test(cli: Cli, monkeypatch: pytest.M
 
     results.record({"a": results.FAILED})
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    ran = cli("env", "--self-test")
+    ran = cli("machine", "--self-test")
     assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "TMPDIR" in ran.err
     assert results.failed() == ["a"]
 
@@ -551,10 +554,10 @@ def test_results_that_are_damaged_are_none(content: str, kept: Path) -> None:
 
 
 def test_results_of_several_machines_are_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    for machine in "AB":
-        monkeypatch.setattr(results, "_machine", lambda machine=machine: machine)
-        assert results.record({f"check of {machine}": results.FAILED}) == ""
-        assert results.failed() == [f"check of {machine}"]
+    for one in "AB":
+        monkeypatch.setattr(results, "_machine", lambda one=one: one)
+        assert results.record({f"check of {one}": results.FAILED}) == ""
+        assert results.failed() == [f"check of {one}"]
     monkeypatch.setattr(results, "_machine", lambda: "A")
     results._known.cache_clear()
     assert results.failed() == ["check of A"]
@@ -574,7 +577,7 @@ def test_a_self_test_that_waits_for_the_processor_says_so(monkeypatch: pytest.Mo
 def test_threads_of_the_self_test_do_not_spin(options: list[str], chosen: str, tmp_path: Path) -> None:
     """OpenMP reads it as torch is loaded. With two busy programs beside it, spinning took four times the processor."""
     (tmp_path / "torch.py").write_text("import os\nraise ValueError(f'policy: {os.environ.get(\"OMP_WAIT_POLICY\")}')")
-    ran = process("env", *options, PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
+    ran = process("machine", *options, PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
     assert f"policy: {chosen}" in ran.out + ran.err
 
 

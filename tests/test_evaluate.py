@@ -22,8 +22,8 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands.evaluate import engine_of
 from loratune.compare.engine import SFT, ScoringPass
+from loratune.compare.evaluation import engine_of
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
 

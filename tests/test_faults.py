@@ -114,15 +114,15 @@ def left(end: int) -> bytes:
 
 AFTER_LAST_STEP = """
 import pathlib, shutil, signal
-from loratune.commands import train
+from loratune.training import trainer
 
-fit = train.trainer.fit
+fit = trainer.fit
 def fit_and(*arguments, **keywords):
     outcome = fit(*arguments, **keywords)
     {statement}
     return outcome
 
-train.trainer.fit = fit_and
+trainer.fit = fit_and
 """
 IN_FIRST_STEP = """
 import signal

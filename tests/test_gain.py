@@ -48,7 +48,7 @@ def test_the_interval_is_that_of_mean_ratio_interval() -> None:
     assert found.low is not None and found.low <= 1.5 - half + 1e-4
     assert found.high is not None and found.high >= 1.5 + half - 1e-4
     interval = mean_ratio_interval([7.0, 10.5, 14.0, 7.0, 14.0], [7.0] * 5)
-    assert interval is not None and interval.as_json() == [found.low, found.high]
+    assert interval is not None and interval.to_dict() == [found.low, found.high]
 
 
 def test_the_loss_weights_tokens_but_the_verdict_counts_rows() -> None:
@@ -89,7 +89,7 @@ def test_verdicts(name: str) -> None:
     found = compared(differences, [3] * len(differences))
     assert found.verdict == verdict
     assert len(str(found)) < 140 and "-0.000" not in str(found)
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_positive_differences_are_reported_as_better() -> None:
@@ -97,7 +97,7 @@ def test_positive_differences_are_reported_as_better() -> None:
     assert str(found) == (
         "0.250 nats per token on 5 training rows (95 % interval 0.161 to 0.339; base 2.000, adapter 1.750)"
     )
-    values = found.as_json()
+    values = found.to_dict()
     assert 0 < values["low"] < values["better_by"] < values["high"]
     assert str(compared([0.2, 0.3, 0.25, 0.3, 0.2])) == (
         "worse than the base on 5 training rows: -0.250 nats per token "
@@ -207,7 +207,7 @@ def test_the_metrics_equal_those_of_stock_peft(
     )
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    expected = Gain.of(*by_hand(biased_dir, tmp_path / "out"), "training").as_json()
+    expected = Gain.of(*by_hand(biased_dir, tmp_path / "out"), "training").to_dict()
     metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
     found, way = metrics["gain"], metrics["computed_by"]["gain"]
     assert metrics["computed_by"].keys() == {"gain", "unrelated_text", "behavior"}  # what was measured
@@ -380,7 +380,7 @@ def test_the_interval_of_the_held_out_loss() -> None:
     found = Gain.of(losses, losses, "validation")
     expected = mean_ratio_interval(losses.nats, losses.tokens)
     all_rows = found.held_out_interval(found.adapter)
-    assert expected is not None and all_rows is not None and all_rows.as_json() == pytest.approx(expected.as_json())
+    assert expected is not None and all_rows is not None and all_rows.to_dict() == pytest.approx(expected.to_dict())
     quarter = Gain.of(losses, losses, "validation", total=160).held_out_interval(5.0)
     assert quarter is not None
     assert quarter.high - 5.0 == pytest.approx((expected.high - found.adapter) / 2)

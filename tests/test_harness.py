@@ -162,13 +162,13 @@ def test_rates_equal_an_independent_computation(
     base, adapter = by_hand[name][BASE], by_hand[name][ADAPTER]
     for model, values in ((BASE, base), (ADAPTER, adapter)):
         assert figure[model] == pytest.approx(sum(values) / 12)
-        assert figure["intervals"][model] == statistics.wilson(int(sum(values)), 12).as_json()
+        assert figure["intervals"][model] == statistics.wilson(int(sum(values)), 12).to_dict()
     lost, won = (sum(map(float.__gt__, one, other)) for one, other in ((base, adapter), (adapter, base)))
     difference = figure["difference"]
     assert difference["value"] == pytest.approx((won - lost) / 12)
     assert difference["p"] == pytest.approx(binomtest(won, won + lost).pvalue if won + lost else 1)
     interval = statistics.share_difference_interval(lost, won, 12)
-    assert [difference["low"], difference["high"]] == interval.as_json()
+    assert [difference["low"], difference["high"]] == interval.to_dict()
     is_clear = difference["p"] < 0.05 and not interval.low <= 0 <= interval.high
     assert figure["verdict"] == (("better" if won > lost else "worse") if is_clear else "indistinguishable")
     assert (figure["rows"], "stderr" in figure) == (12, False)
@@ -204,7 +204,7 @@ def test_a_size_weighted_group_is_compared_over_all_rows_of_its_tasks(tasks: dic
     for model in (BASE, ADAPTER):
         values = [tasks[name]["acc"][model] for name in ("choice", "more")]
         assert by_size[model] == pytest.approx(sum(values) / 2)
-        assert by_size["intervals"][model] == statistics.wilson(round(sum(values) * 12), 24).as_json()
+        assert by_size["intervals"][model] == statistics.wilson(round(sum(values) * 12), 24).to_dict()
     assert (by_size["rows"], by_task["rows"]) == (24, 24)
 
 

@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import config
 from loratune.codes import Code
-from loratune.commands import init_start
-from loratune.commands.init import fit
 from loratune.config import DataSection, LoraSection, RunConfig, Source, keys
 from loratune.data import DatasetSplit, RawDatasets, fields, read_source
 from loratune.data.fields import ColumnChoice, propose_columns
@@ -26,8 +24,9 @@ from loratune.data.measured_rows import MeasuredRows
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError
 from loratune.lora import creation
-from loratune.training import auto
+from loratune.training import auto, init
 from loratune.training.duration import Costs
+from loratune.training.init import fit
 
 LABELS = [{"prompt": f"{number} is", "completion": f" {'odd' if number % 2 else 'even'}"} for number in range(60)]
 CHAT = [
@@ -359,12 +358,12 @@ def test_texts_that_are_questions_and_answers_are_mapped(
 
 def test_choices_that_depend_on_the_number_of_rows() -> None:
     lengths = np.array([10] * 990 + [500] * 10)
-    assert [init_start.max_length(lengths, context)[0] for context in (None, 32)] == [64, 32]
-    assert init_start.max_length(np.array([70, 100]), None)[0] == 128
-    assert [init_start.validation(rows) for rows in (49, 50, 500, 700, 4_000, 100_000)] == [
+    assert [init.max_length(lengths, context)[0] for context in (None, 32)] == [64, 32]
+    assert init.max_length(np.array([70, 100]), None)[0] == 128
+    assert [init.validation(rows) for rows in (49, 50, 500, 700, 4_000, 100_000)] == [
         None, 0.2, 0.2, 0.14, 0.1, 0.005,
     ]  # fmt: skip
-    assert [init_start.validation(rows, blocks=454) for rows in (4, 5, 30)] == [None, 0.2, 0.2]  # few long texts
+    assert [init.validation(rows, blocks=454) for rows in (4, 5, 30)] == [None, 0.2, 0.2]  # few long texts
     assert [auto.rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
 
 

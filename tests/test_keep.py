@@ -216,7 +216,7 @@ def test_every_kind_of_weight_is_restored(
 
 KILLS = """
 import os, signal
-from loratune.commands import train
+from loratune.training import run
 from loratune.training import trainer
 from loratune.training import callbacks
 

@@ -221,9 +221,9 @@ def test_rows_needed_is_the_same_in_text_and_json() -> None:
     same, near, won = (comparison.compare_rows(rows(*kinds)).differences["rouge_l"] for kinds in (
         ((20, SAME),), ((3, WON), (2, LOST), (45, SAME)), ((20, WON),),
     ))  # fmt: skip
-    assert same.as_json()["rows_needed"] is None and "do not differ" in wording.outlook(same)
-    assert near.as_json()["rows_needed"] == near.rows_needed and "rows would tell" in wording.outlook(near)
-    assert "rows_needed" not in won.as_json() and wording.outlook(won) == ""
+    assert same.to_dict()["rows_needed"] is None and "do not differ" in wording.outlook(same)
+    assert near.to_dict()["rows_needed"] == near.rows_needed and "rows would tell" in wording.outlook(near)
+    assert "rows_needed" not in won.to_dict() and wording.outlook(won) == ""
 
 
 def test_copies_count_for_means_but_not_as_evidence() -> None:
@@ -298,12 +298,12 @@ def test_task_metric_differences_and_their_intervals() -> None:
 
     plain = difference({BASE: base.tolist(), ADAPTER: adapter.tolist()}, "mean")
     interval = statistics.mean_ratio_interval(adapter - base, np.ones(200))
-    assert interval and plain.interval.as_json() == pytest.approx(interval.as_json())
+    assert interval and plain.interval.to_dict() == pytest.approx(interval.to_dict())
     likelihoods = {BASE: (-base).tolist(), ADAPTER: (-adapter).tolist()}
     found = difference(likelihoods, "perplexity")
     perplexity = math.exp(base.mean())
     assert (found.value, found.verdict) == (pytest.approx(math.exp(adapter.mean()) - perplexity), "better")
-    assert found.interval.as_json() == pytest.approx([perplexity * math.expm1(end) for end in interval.as_json()])
+    assert found.interval.to_dict() == pytest.approx([perplexity * math.expm1(end) for end in interval.to_dict()])
     counted = {model: [(value, 2) for value in values] for model, values in likelihoods.items()}
     assert difference(counted, "weighted_perplexity").value == pytest.approx(
         math.exp(adapter.mean() / 2) - math.exp(base.mean() / 2)

@@ -16,8 +16,8 @@ from transformers import FalconConfig, GPT2Config, LlamaConfig, Phi3Config
 import loratune
 from loratune import config
 from loratune.codes import Code
-from loratune.commands import params
 from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.training import params
 
 ROLES = {
     "q": ["model.layers.*.self_attn.q_proj"],

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import config
-from loratune.commands.params import params
 from loratune.errors import ModelError
+from loratune.training.params import params
 
 SHARDS = 9
 SAMPLE = ("bart", "bert", "bloom", "gpt2", "jetmoe", "llama", "mamba", "mixtral", "musicgen", "phi3", "xlnet")

@@ -214,7 +214,7 @@ def test_report_round_trips_through_json() -> None:
     for line in range(5):
         report.drop("why", f"rows:{line}")
         report.drop_invalid(Problem(Code.DATA_SYNTAX, "bad", f"rows:{line}"))
-    again = Report.from_json(json.loads(json.dumps(report.as_json())))
+    again = Report.from_json(json.loads(json.dumps(report.to_dict())))
     assert again == report
     assert again.dropped["why"] == RowTally(5, ["rows:0", "rows:1", "rows:2"])
 

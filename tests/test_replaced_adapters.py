@@ -197,7 +197,7 @@ def test_several_adapters_are_those_that_were_opened(place: Place, tmp_path: Pat
     for mix in (None, {"one": 0.5, "two": 0.5}):
         place.fill()
         adapters = loratune.Adapters(paths, mix=mix)
-        adapters.open()
+        _ = adapters.opened.directories
         place.swap()
         assert outcome(lambda: [*adapters.answers(PROMPTS, max_new_tokens=4)]) is None  # noqa: B023
 

@@ -103,7 +103,7 @@ def rows(*matches: tuple[int, int, int], nats: tuple[float, float, float] = (3.0
 
 def verdict(evaluation: Comparison, text: str) -> bool:
     (one,) = evaluation.judged([parsed(text)]).requirements
-    values = one.as_json()
+    values = one.to_dict()
     assert (values["text"], values["met"]) == (text, one.met)
     assert one.met == (one.reason == "")
     return one.met
@@ -111,7 +111,7 @@ def verdict(evaluation: Comparison, text: str) -> bool:
 
 def test_low_end_of_the_interval_decides_lower_bounds() -> None:
     found = comparison.compare_rows(rows(*[(0, 1, 1)] * 187, *[(0, 0, 1)] * 13))  # 93.5 % of 200
-    low, high = found.scores[ADAPTER].intervals["exact_match"].as_json()
+    low, high = found.scores[ADAPTER].intervals["exact_match"].to_dict()
     assert (low, high) == pytest.approx((0.892, 0.962), abs=1e-3)
     assert not verdict(found, "exact_match>=0.9")
     assert verdict(found, "exact_match>=0.89") and verdict(found, "label>=0.89")
@@ -119,7 +119,7 @@ def test_low_end_of_the_interval_decides_lower_bounds() -> None:
     assert verdict(found, f"exact_match<={high!r}") and not verdict(found, f"exact_match<{high!r}")
     assert not verdict(found, "exact_match<=0.95")
     (one,) = found.judged([parsed("exact_match>=0.9")]).requirements
-    assert one.as_json() == {"text": "exact_match>=0.9", "met": False, "value": 0.935, "low": low, "high": high}
+    assert one.to_dict() == {"text": "exact_match>=0.9", "met": False, "value": 0.935, "low": low, "high": high}
 
 
 def test_majority_answer_can_be_the_bound() -> None:
@@ -208,7 +208,7 @@ def test_base_with_a_non_finite_loss_cannot_be_beaten() -> None:
     assert not verdict(found, "loss<base")
     assert verdict(found, "loss<2")
     (one,) = found.judged([parsed("loss<base")]).requirements
-    assert json.loads(json.dumps(one.as_json(), allow_nan=False))["value"] is None
+    assert json.loads(json.dumps(one.to_dict(), allow_nan=False))["value"] is None
 
 
 def test_every_failed_requirement_is_reported() -> None:

@@ -59,7 +59,7 @@ def test_held_out_rows_are_not_hashed(tmp_path: Path) -> None:
     keep(tmp_path, ROWS, validation=0.3)
     assert len(load_file(tmp_path / ROW_HASHES)["exact"]) == 6
     overlap = look_up(tmp_path / "rows.jsonl", tmp_path)
-    assert overlap.as_json() == {"exact": 6, "folded": 0, "rows": 9}
+    assert overlap.to_dict() == {"exact": 6, "folded": 0, "rows": 9}
 
 
 def test_hashes_do_not_depend_on_the_file_format(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_hashes_do_not_depend_on_the_file_format(tmp_path: Path) -> None:
     path = tmp_path / "held-out.csv"
     path.write_text('answer,question\nb,a 1\n"b ",a 2\nb,a 3\nb,a 8\nc,a 1\n')
     overlap = look_up(path, tmp_path, columns={"prompt": "question", "completion": "answer"})
-    assert overlap.found and overlap.as_json() == {"exact": 2, "folded": 1, "rows": 5}
+    assert overlap.found and overlap.to_dict() == {"exact": 2, "folded": 1, "rows": 5}
     assert overlap.remarks() == [
         f"2 of the evaluation rows are also in train ({path}:2, {path}:4)",
         f"1 of the evaluation rows is also in train, apart from white space ({path}:3)",
@@ -79,7 +79,7 @@ def test_hashes_do_not_depend_on_the_file_format(tmp_path: Path) -> None:
     assert load_file(tmp_path / ROW_HASHES)["exact"].tolist() == sorted(expected)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write_rows(tmp_path / "held-out.jsonl", [{"messages": turns}])
-    assert look_up(path, tmp_path).as_json() == {"exact": 1, "folded": 0, "rows": 1}
+    assert look_up(path, tmp_path).to_dict() == {"exact": 1, "folded": 0, "rows": 1}
 
 
 def metadata(**changes: Any) -> dict[str, str]:
@@ -111,7 +111,7 @@ def test_unreadable_hashes_make_the_overlap_unknown(name: str, tmp_path: Path) -
     keep(tmp_path, ROWS)
     DAMAGES[name](tmp_path / ROW_HASHES)
     overlap = look_up(tmp_path / "rows.jsonl", tmp_path)
-    assert (overlap.leaks, overlap.found, overlap.as_json(), overlap.remarks()) == (None, False, None, [])
+    assert (overlap.leaks, overlap.found, overlap.to_dict(), overlap.remarks()) == (None, False, None, [])
     assert overlap.unknown
 
 
@@ -137,4 +137,4 @@ def test_hashes_include_rows_of_the_earlier_adapter(tmp_path: Path) -> None:
         overlap = look_up(tmp_path / "first" / "rows.jsonl", tmp_path)
         assert (overlap.unknown == "") is is_complete
         # only the first has the row with spaces; folded, it is a row of the second
-        assert overlap.as_json() == {"exact": 1 + is_complete, "folded": 1 - is_complete, "rows": 2}
+        assert overlap.to_dict() == {"exact": 1 + is_complete, "folded": 1 - is_complete, "rows": 2}

@@ -54,7 +54,7 @@ def test_wilson_interval_matches_the_textbook_and_accepts_fractions() -> None:
     assert ends(wilson(81, 263)) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(3, 10).low < wilson(3.5, 10).low < wilson(4, 10).low
     assert ends(wilson(3.5, 10)) == pytest.approx([1 - end for end in reversed(ends(wilson(6.5, 10)))])
-    assert wilson(0, 5).low == 0 and wilson(5, 5).high == 1 and wilson(0, 5).as_json() == [0, wilson(0, 5).high]
+    assert wilson(0, 5).low == 0 and wilson(5, 5).high == 1 and wilson(0, 5).to_dict() == [0, wilson(0, 5).high]
 
 
 @pytest.mark.parametrize("first, second", [(1, 9), (5, 5), (0, 0), (0, 6), (59, 121), (150, 86)])

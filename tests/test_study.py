@@ -399,7 +399,7 @@ def spoiled(**changes: Any) -> Callable[[dict[str, Any]], str]:
 )  # fmt: skip
 def test_forged_results_are_refused(cli: Cli, tmp_path: Path, spoil: Callable[[Any], str]) -> None:
     file = study_in(tmp_path) / "results.json"
-    file.write_text(spoil(json.loads(json.dumps(made_results().as_json()))))
+    file.write_text(spoil(json.loads(json.dumps(made_results().to_dict()))))
     ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
     check_refused(ran, 2, (Code.SWEEP_STUDY, str(file), "--study"))
     assert not (tmp_path / "page.html").exists()
@@ -414,7 +414,7 @@ def test_results_must_be_a_regular_file(cli: Cli, tmp_path: Path, target: str) -
 
 
 def test_page_shows_untrusted_results_as_text(cli: Cli, tmp_path: Path) -> None:
-    values = json.loads(json.dumps(made_results().as_json()))
+    values = json.loads(json.dumps(made_results().to_dict()))
     values["keys"].append("$\\frac{")
     evil = {"$\\frac{": "$x_{", "training.learning_rate": "1e400"}
     values["trials"][0] |= {"settings": evil, "note": "<script>alert(1)</script>", "state": "\x1b]0;x\x07"}

@@ -20,13 +20,13 @@ from test_study_grid import HELD_OUT, RATES, study_config
 from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands.sweep import Sweep
 from loratune.config import LoraSection
 from loratune.errors import ConfigError
 from loratune.events import Event, NoteEvent, ProgressEvent, StepEvent
 from loratune.lora import creation, tensors
 from loratune.model.fingerprints import BaseState
 from loratune.report.study import BEST, WORSE, StudyResults
+from loratune.study.sweep import Sweep
 from loratune.study.trials import Budget, TrialProgress
 
 Cli = Callable[..., Ran]
@@ -359,7 +359,7 @@ def test_better_adapter_replaces_the_published_one(processes: ForkServer, config
     adapter."""
     gate, file = tmp_path / "gate", config(training={"max_steps": 4})
     arguments = ("sweep", file, "--grid", "training.learning_rate=1e-9,1e-2,1e-3")
-    waits = "from loratune.commands.sweep import Sweep\nimport os, time\nwork, calls = Sweep._next_trial, []\n"
+    waits = "from loratune.study.sweep import Sweep\nimport os, time\nwork, calls = Sweep._next_trial, []\n"
     waits += "def later(self):\n    calls.append(1)\n"
     waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
     waits += "    return work(self)\nSweep._next_trial = later"
@@ -381,7 +381,7 @@ def test_machines_share_a_database_and_keep_their_adapters(
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
-        first = "from loratune.commands import sweep\nfrom loratune.study import study\n"
+        first = "from loratune.study import sweep\nfrom loratune.study import study\n"
         first += f"sweep.host = study.host = lambda: {name!r}"
         file = study_config(folder, config_in(folder, tiny_dir))
         children.append(processes.start("sweep", file, *arguments, first=first))
@@ -467,7 +467,7 @@ def test_links_are_not_followed_when_a_trial_is_removed(cli: Cli, copied: Path, 
 
 
 def test_directory_that_appears_at_output_dir_is_kept(processes: ForkServer, copied: Path) -> None:
-    first = "from loratune.commands.sweep import Sweep\nimport os\nend = Sweep._finish\n"
+    first = "from loratune.study.sweep import Sweep\nimport os\nend = Sweep._finish\n"
     first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
     first += "Sweep._finish = later"
     child = processes.start("sweep", copied / "run.yaml", *RATES, *RANKS, first=first)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,20 @@ HOOKS = (
 class Recorder(CheckpointTrainer):
     """Records the private steps in the order of their calls."""
 
-    group = SINGLE_PROCESS
+    group, rate_factor = SINGLE_PROCESS, 1.0
+
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return Trainer._prepare_inputs(self, batch)  # type: ignore[no-any-return]
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def writing_checkpoint(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def restore_weights(self, checkpoint: Path) -> None:
+        Trainer._load_from_checkpoint(self, str(checkpoint))
 
     def __init__(self, **arguments: Any):
         self.calls: list[str] = []

@@ -21,7 +21,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune import config
 from loratune.codes import Code
-from loratune.commands import train
 from loratune.compare.engine import SFT
 from loratune.config import LoraSection, ModelSection
 from loratune.data.batches import pad, put_rows
@@ -33,6 +32,7 @@ from loratune.lora.initialize import KEY as INIT
 from loratune.lora.tensors import AdapterInit
 from loratune.model import load, stored
 from loratune.training import preflight, trainer
+from loratune.training import run as training_run
 from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.processes import SharedStop
@@ -155,7 +155,7 @@ def test_resumed_variant_writes_the_same_bytes(variant: str, run_config: MakeCon
         directory = run_dir.check(loaded.output_dir, resume=resume, overwrite=False)
         ready = preflight.check(loaded, directory, [] if resume else None)
         with listening(interrupt_at(interrupted_at)):
-            train.train(ready)
+            training_run.train(ready)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2})

@@ -13,7 +13,7 @@ from conftest import Ran, write_rows
 from running import MakeConfig
 
 from loratune import load_config
-from loratune.api import display
+from loratune.cli import display
 from loratune.compare import verdict
 from loratune.compare.gain import Gain
 from loratune.compare.metrics import RowLosses

@@ -241,7 +241,7 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
     if start is None:
         return ""
     replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
-    return f"""- **Started from:** the adapter {code_span(start)}{replayed}.
+    return f"""- **InitialConfig from:** the adapter {code_span(start)}{replayed}.
   It is part of this one: use this one on the base without the other
 - **Earlier rows:** {forgetting}
 """

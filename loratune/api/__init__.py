@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem
@@ -31,7 +31,14 @@ from loratune.events import LIBRARIES, EvaluationEvent, Event, StepEvent, listen
 from loratune.system import turns
 
 StrPath: TypeAlias = str | PathLike[str]
-Rows: TypeAlias = Any
+Messages: TypeAlias = list[dict[str, Any]]
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pandas import DataFrame
+
+    Rows: TypeAlias = StrPath | Sequence[Mapping[str, Any]] | Dataset | DataFrame
+else:
+    Rows = Any  # it is checked where it is read
 """A file, a directory, a glob or a hub id; or the rows themselves: a list of dicts, a `datasets.Dataset` or a pandas
 DataFrame."""
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[str]

@@ -28,9 +28,10 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.api import self_test_operations as checked
 from loratune.api.adapter import Adapter
-from loratune.api.functions import load_config, train_now
+from loratune.api.config import load_config
+from loratune.api.machine import NOT_AVAILABLE, Check
 from loratune.api.self_test_operations import DifferenceError, NotAvailableError
-from loratune.commands.env import NOT_AVAILABLE, Check
+from loratune.api.train import train_now
 from loratune.config import LoraSection, ModelSection, RunConfig
 from loratune.data.batches import flatten, pad
 from loratune.errors import LoratuneError, ResourceError, is_disk_full, is_out_of_memory

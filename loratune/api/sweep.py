@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune import config as configs
 from loratune.api import Overrides, StrPath, assignments, default_state, libraries, training
-from loratune.api.functions import note_portability, validated
+from loratune.api.train import note_portability, validated
 from loratune.codes import Code
 from loratune.config import RunConfig
 from loratune.config.arguments import checked, plain
@@ -21,7 +21,7 @@ from loratune.events import Listener, listening
 from loratune.system import launcher
 
 if TYPE_CHECKING:
-    from loratune.commands.sweep import SweepResult
+    from loratune.study.sweep import SweepResult
 
 
 @checked
@@ -79,7 +79,7 @@ def sweep(
         checked = validated(run, place, launcher.SINGLE_PROCESS)
         with default_state():
             with libraries():
-                from loratune.commands import sweep as sweeps
+                from loratune.study import sweep as sweeps
                 from loratune.study.trials import Budget
 
             limit = Budget(seconds, began)

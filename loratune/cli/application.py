@@ -164,7 +164,7 @@ def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path])
 
 def write_rows(rows: Iterable[dict[str, Any]], file: Output | None) -> None:
     """Write rows as CSV if the file name ends in .csv, else as JSON lines. file: None for stdout."""
-    from loratune.api import display
+    from loratune.cli import display
 
     if file is None:
         display.write_rows(rows, raw_output())

@@ -28,7 +28,7 @@ from loratune.system.files import path_problem
 from loratune.text import plural
 
 if TYPE_CHECKING:
-    from loratune.commands.chat import Chat, Reply
+    from loratune.adapter.chat import Chat, Reply
 
 _HELP = (
     "/base           answer the last turn without the adapter",
@@ -64,7 +64,7 @@ def chat(
         named = loratune.Adapters(adapters, scale=scale, force=force, overrides=assignments)
         talk = named.chat(system=given, max_new_tokens=max_new_tokens, temperature=temperature)
         log(*talk.notes())
-        _Session(talk, tuple(named.inputs()), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
+        _Session(talk, tuple(named.opened.inputs()), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
 
 
 class _Session:
@@ -163,7 +163,7 @@ class _Session:
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key="/save", fix="write /save FILE"))
         file = output_file.output(Path(name).expanduser(), "/save", overwrite=name != argument, inputs=self._inputs)
 
-        from loratune.api import display
+        from loratune.cli import display
 
         with file.opened() as writable:
             display.write_rows(rows, writable)

@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from loratune.console import as_json, log, print_json, print_lines
 from loratune.errors import ConfigError, Problem
 from loratune.events import Event, FinishedEvent, listener
 from loratune.text import block, shell_word
+
+if TYPE_CHECKING:
+    from loratune import InitialConfig
 
 _YAML = (".yaml", ".yml")
 _SCHEMAS = Path(__file__).with_name("schemas.json")
@@ -47,22 +50,22 @@ def init(
 
         def listen(event: Event) -> None:
             terminal(event)
-            if isinstance(event, FinishedEvent):
+            if isinstance(event, FinishedEvent) and isinstance(event.result, loratune.InitialConfig):
                 if not (to_file or as_json):
                     print(event.result.text, end="")
-                _show_started(event, output)
+                _show_started(event.result, output)
 
         loratune.init(data, model=model, output=output if to_file else None, overrides=assignments, on_event=listen)
 
 
-def _show_started(event: FinishedEvent, output: str) -> None:
+def _show_started(started: "InitialConfig", output: str) -> None:
     """Print the findings of `init`, on stderr if the config goes to stdout, a pipe or a device."""
-    from loratune.api import display
+    from loratune.cli import display
 
     if as_json.get():
-        show([], display.started_values(event.result, output if output != STDOUT else None))
+        show([], display.started_values(started, output if output != STDOUT else None))
         return
-    lines = display.started(event.result)
+    lines = display.started(started)
     with checked_output():
         if Path(output).is_file() and not output.startswith(("/dev/", "/proc/")):
             command = f"{program()} train {shell_word(output)}"
@@ -70,7 +73,7 @@ def _show_started(event: FinishedEvent, output: str) -> None:
             print_lines(block("started", lines))
         else:
             log(*(f"{name}: {value}" for name, value in lines))
-        log(*display.started_notes(event.result))
+        log(*display.started_notes(started))
 
 
 @app.command()
@@ -97,21 +100,21 @@ def params(
         from loratune import config
 
         if adapter:
-            from loratune.api.functions import adapter_stats
+            from loratune.api.params import adapter_stats
 
             stats = adapter_stats(adapter)
 
-            from loratune.api import display
+            from loratune.cli import display
 
             show(display.stats(str(adapter), stats), asdict(stats))
             return
         run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
         found = loratune.count_parameters(run)
 
-        from loratune.api import display
+        from loratune.cli import display
 
         log(*found.notes)
-        show(display.params(found), found.as_json())
+        show(display.params(found), found.to_dict())
 
 
 @app.command()
@@ -185,7 +188,7 @@ def env(
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         found = loratune.environment(self_test=self_test)
 
-        from loratune.api import display
+        from loratune.cli import display
 
         show(display.environment(found), found.to_dict())
         found.check_passed()

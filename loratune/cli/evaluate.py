@@ -122,7 +122,7 @@ def evaluate(
             raise ConfigError(problems)
 
         import loratune
-        from loratune.api.adapters import parse_scales
+        from loratune.api.opened import parse_scales
 
         if len(scales := parse_scales(scale)) > 1:
             _check_table({"tasks": tasks, "against": against, "require": require, "worst": worst, "output": output})
@@ -140,7 +140,7 @@ def evaluate(
             return
         other = loratune.Adapter(against, force=force) if against is not None else None
         if file is not None:
-            file = file.reading(*opened.inputs(), *(other.inputs() if other is not None else ()))
+            file = file.reading(*opened.opened.inputs(), *(other.opened.inputs() if other is not None else ()))
         opened.evaluate(
             data, against=other, metrics=metrics or [], forgetting=forgetting, tasks=names, limit=limit,
             require=required, allow_overlap=allow_overlap, whole_answers=file is not None,
@@ -167,26 +167,29 @@ class _Shown:
 
     def __call__(self, event: Event) -> None:
         """Handle an event."""
+        import loratune
+
         self._terminal(event)
         if isinstance(event, FinishedEvent):
             try:
-                if self._file is not None:
-                    write_rows((row.as_json() for row in event.result.every_row()), self._file)
+                if self._file is not None and isinstance(event.result, loratune.Comparison):
+                    write_rows((row.to_dict() for row in event.result.every_row()), self._file)
             finally:
                 with unread_output():
                     self._print(event)
 
     def _print(self, event: FinishedEvent) -> None:
-        from loratune.api import display
+        import loratune
+        from loratune.cli import display
 
         result, worst = event.result, self._worst
-        if hasattr(result, "rows"):
+        if isinstance(result, loratune.Comparison):
             rows = {"worst": display.worst_rows(result, worst)} if worst else {}
             show(display.comparison(result, worst), result.to_dict() | rows)
-        elif hasattr(result, "comparisons"):
+        elif isinstance(result, loratune.ScaleComparison):
             show(display.scales(result), result.to_dict())
-        else:
-            show(display.tasks(result), result.as_json())
+        elif isinstance(result, loratune.TaskResults):
+            show(display.tasks(result), result.to_dict())
 
 
 @app.command()
@@ -227,7 +230,7 @@ def report(
             raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "matplotlib", "draws the charts", "report"))
 
         import loratune
-        from loratune.api.adapters import parse_scales
+        from loratune.api.opened import parse_scales
 
         if study is not None:
             target = output or Path(f"{os.path.basename(os.path.realpath(study))}-report.html")

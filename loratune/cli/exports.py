@@ -84,9 +84,9 @@ def export(
             vllm_python=vllm_python, rows=data, overwrite=overwrite,
         )  # fmt: skip
 
-        from loratune.api import display
+        from loratune.cli import display
 
-        show(display.exported(result), result.as_json())
+        show(display.exported(result), result.to_dict())
 
 
 @app.command()
@@ -113,10 +113,10 @@ def merge(
             output, dtype=dtype, rows=data, overwrite=overwrite
         )
 
-        from loratune.api import display
+        from loratune.cli import display
 
         log(*display.merged_notes(result))
-        show(display.merged(result), result.as_json())
+        show(display.merged(result), result.to_dict())
 
 
 @app.command()
@@ -145,7 +145,7 @@ def push(
         check_paths(adapter=adapter)
         from huggingface_hub import utils as bars
 
-        from loratune.api.functions import push
+        from loratune.api.push import push
 
         silenced = not sys.stderr.isatty() and not bars.are_progress_bars_disabled()  # type: ignore[attr-defined]
         if silenced:
@@ -159,6 +159,6 @@ def push(
             if silenced:
                 bars.enable_progress_bars()  # type: ignore[attr-defined]
 
-        from loratune.api import display
+        from loratune.cli import display
 
-        show(display.upload(upload), upload.as_json())
+        show(display.upload(upload), upload.to_dict())

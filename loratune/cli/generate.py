@@ -32,7 +32,7 @@ from loratune.console import log, raw_output
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
-    from loratune.commands.generate import Answer
+    from loratune.adapter.answering import Answer
 
 
 @app.command()
@@ -102,7 +102,7 @@ def generate(
         inputs = (*named.paths.values(), *([source] if source and str(source) != STDOUT else []))
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
         if file is not None:
-            file = file.reading(*named.inputs())
+            file = file.reading(*named.opened.inputs())
         rows = _rows(prompts, source)
         on_terminal = sys.stdout.isatty() and output is None
         streams = on_terminal and not (base or stop or source) and len(prompts or [""]) == 1

@@ -100,7 +100,7 @@ def _join() -> Group:
         return launcher.Group()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loratune reports lost connections itself
 
-    from loratune.api.functions import join_processes
+    from loratune.api.train import join_processes
 
     with signals.default_actions():
         return join_processes()
@@ -108,7 +108,7 @@ def _join() -> Group:
 
 def _print_plan(plan: "Plan", rows: int) -> None:
     """Print the plan for `train --dry-run`, with this many training rows."""
-    from loratune.api import display
+    from loratune.cli import display
 
     if as_json.get():
         show([], display.plan_values(plan, rows))
@@ -128,9 +128,11 @@ def _print_plan(plan: "Plan", rows: int) -> None:
 
 def _show_adapter(event: FinishedEvent) -> None:
     """Print the results of a run, and its loss curve."""
-    from loratune.api import display
+    import loratune
+    from loratune.cli import display
 
     result = event.result
+    assert isinstance(result, loratune.PublishedAdapter)
     plot = loss_plot(result.trained.curve, sys.stdout.encoding or "ascii")
     show([*display.trained(result, program()), *plot], result.to_dict())
 
@@ -190,9 +192,9 @@ def sweep(
             overwrite=overwrite,
         )  # fmt: skip
 
-        from loratune.api import display
+        from loratune.cli import display
 
-        values = swept.results.as_json() | {"notes": [*swept.results.remarks(), *swept.notes]}
+        values = swept.results.to_dict() | {"notes": [*swept.results.remarks(), *swept.notes]}
         if swept.stop is None:
             show(display.study(swept, program()), values)
             return

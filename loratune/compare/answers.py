@@ -113,7 +113,7 @@ class ComparedRow:
         """The loss of a model minus that of another one on the row, per token, pair or answer."""
         return (self.answers[model].loss - self.answers[compared_with].loss) / self.count
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, after the row's own fields: see `with_own_fields`. Numbers that are not finite are null."""
         values: dict[str, Any] = {
             "number": self.number, "where": self.where, "copies": self.copies, "prompt": self.prompt,

@@ -123,7 +123,7 @@ class Behavior:
             "base's answers; where that matters, raise retention.kl_weight, or lower training.learning_rate"
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         if self.unknown:
             return {"not_measured": self.unknown}
@@ -131,7 +131,7 @@ class Behavior:
         intervals["median_divergence_interval"] = self.median_interval
         values: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
         values |= finite({"divergence": self.divergence, "agreement": self.agreement, "median_divergence": self.median})
-        values |= {name: finite(interval and interval.as_json()) for name, interval in intervals.items()}
+        values |= {name: finite(interval and interval.to_dict()) for name, interval in intervals.items()}
         return values | {"samples": [vars(sample) for sample in self.samples]}
 
 

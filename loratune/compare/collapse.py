@@ -92,7 +92,7 @@ class PromptSensitivity:
             f"differ by {self.adapter:.2g} at most, by up to {self.base:.2g} on the base"
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 

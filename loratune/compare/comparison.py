@@ -62,7 +62,7 @@ class Score:
     tokens: int
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values. Metrics that are not finite are null, as JSON cannot represent them."""
         others = {"rows": self.rows, "tokens": self.tokens, "intervals": finite(self.intervals)}
         return {**finite(self.metrics), **others}
@@ -225,23 +225,23 @@ class Comparison:
 
     def to_dict(self) -> outputs.Evaluate:
         """Plain values, without the rows."""
-        values: Any = {name: score.as_json() for name, score in self.scores.items()}
+        values: Any = {name: score.to_dict() for name, score in self.scores.items()}
         if self.majority is not None:
             values[metrics.MAJORITY]["answer"] = self.majority
         for model, differences in self.paired.items():
             key = "difference" if model == self.compared_with else f"difference_from_{model}"
-            values[key] = {name: difference.as_json() for name, difference in differences.items()}
+            values[key] = {name: difference.to_dict() for name, difference in differences.items()}
         if self.forgetting is not None:
-            kinds = {kind: one.as_json() for kind, one in self.forgetting_by_kind.items()}
-            values["forgetting"] = self.forgetting.as_json() | ({"kinds": kinds} if kinds else {})
+            kinds = {kind: one.to_dict() for kind, one in self.forgetting_by_kind.items()}
+            values["forgetting"] = self.forgetting.to_dict() | ({"kinds": kinds} if kinds else {})
         if self.behavior is not None:
-            values["behavior"] = self.behavior.as_json()
+            values["behavior"] = self.behavior.to_dict()
         values |= {"metric": self.judged_by, "verdict": self.verdict, "overlap": self.overlap}
         values |= {"computed_by": dict(self.computed_by), "notes": [*self.remarks]}
-        values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
+        values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.to_dict()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
-        values |= {"requirements": [one.as_json() for one in self.requirements]} if self.requirements else {}
-        values |= dict(self.tasks.as_json()) if self.tasks is not None else {}
+        values |= {"requirements": [one.to_dict() for one in self.requirements]} if self.requirements else {}
+        values |= dict(self.tasks.to_dict()) if self.tasks is not None else {}
         return cast(outputs.Evaluate, values)
 
 

@@ -148,7 +148,7 @@ class Gain:
         distinct = " distinct" if self.drawn > self.rows else ""
         return f"{self.rows:,}{distinct} of {plural(self.total, what)}"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values. Numbers that are not finite are null."""
         return dict(finite(asdict(self)))
 
@@ -186,7 +186,7 @@ class Forgetting:
             f"{kinds if self.kinds else ''})"
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values: losses in nats per supervised token, and their `change`, above 0 if the loss has increased.
 
         Losses that are not finite are null.
@@ -241,7 +241,7 @@ class FinalScore:
             return f"{what} (no interval: {LEAST_ROWS} distinct {item(self.unit)}s are needed)"
         return f"{what} (95 % interval {interval.low:.4f} to {interval.high:.4f})"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values: `distinct` counts rows without copies."""
         found, interval = self.losses, self.losses.interval
         return {

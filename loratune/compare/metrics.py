@@ -195,7 +195,7 @@ class Difference:
         """Whether the difference is significant. The metric of a task may have a p-value without a verdict."""
         return self.verdict != "indistinguishable" and (self.p or 0.0) < SIGNIFICANT
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, with `low` and `high`, and with `rows_needed` if the difference is not significant."""
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
         values: dict[str, Any] = {"value": finite(self.value), "low": low, "high": high}

@@ -212,7 +212,7 @@ class Side:
     after: Values
     rewards: Values
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The means: of tokens, log-probabilities and their change, with the interval of the change."""
         change = _measured(self.after - self.before)
         return {
@@ -237,7 +237,7 @@ class PreferenceMetric:
         ends = f" (95 % interval {self.interval.low:.3f} to {self.interval.high:.3f})" if self.interval else ""
         return f"{self.value:.3f}{ends}"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {"value": self.value, "interval": finite(self.interval)}
 
@@ -375,13 +375,13 @@ class PreferenceMetrics:
                 "fewer steps, a lower training.learning_rate or a lower preferences.beta would do"
             )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        metrics: dict[str, Any] = {"split": self.split, REWARD_ACCURACY: self.accuracy.as_json()}
-        metrics |= {REWARD_MARGIN: self.margin.as_json()}
-        metrics |= {name: side.as_json() for name, side in zip(self.names, (self.good, self.bad), strict=True)}
+        metrics: dict[str, Any] = {"split": self.split, REWARD_ACCURACY: self.accuracy.to_dict()}
+        metrics |= {REWARD_MARGIN: self.margin.to_dict()}
+        metrics |= {name: side.to_dict() for name, side in zip(self.names, (self.good, self.bad), strict=True)}
         for name, one in (("before", self.before()), ("after", self)) if self.paired else ():
-            metrics[f"{RANKING_ACCURACY}_{name}"] = one.share(RANKING_ACCURACY).as_json()
+            metrics[f"{RANKING_ACCURACY}_{name}"] = one.share(RANKING_ACCURACY).to_dict()
             metrics[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
         return metrics
 

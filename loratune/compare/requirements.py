@@ -80,7 +80,7 @@ class Judgement:
     interval: Interval | None
     reason: str = ""
 
-    def as_json(self) -> outputs.Requirement:
+    def to_dict(self) -> outputs.Requirement:
         """Plain values, without the reason."""
         low, high = finite(self.interval) or (None, None)
         return {"text": self.text, "met": self.met, "value": finite(self.value), "low": low, "high": high}

@@ -55,11 +55,11 @@ class TaskMetric:
     difference: Difference
     rows: int
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values; metrics that are not finite are null."""
         plain = {**finite(self.values), "intervals": finite(self.intervals)}
         plain |= {"stderr": dict(self.errors)} if self.errors else {}
-        return plain | {"difference": self.difference.as_json(), "verdict": self.difference.verdict, "rows": self.rows}
+        return plain | {"difference": self.difference.to_dict(), "verdict": self.difference.verdict, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class TaskResults:
         """`TASK.METRIC` → metric."""
         return {f"{task}.{name}": metric for task, metrics in self.tasks.items() for name, metric in metrics.items()}
 
-    def as_json(self) -> outputs.Tasks:
+    def to_dict(self) -> outputs.Tasks:
         """Plain values, under other keys than those of an evaluation on rows."""
-        tasks = {task: {name: one.as_json() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
+        tasks = {task: {name: one.to_dict() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
         values: Any = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
-        required = [one.as_json() for one in self.requirements]
+        required = [one.to_dict() for one in self.requirements]
         return cast(outputs.Tasks, values | ({"requirements": required} if required else {}))
 
 

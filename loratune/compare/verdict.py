@@ -100,13 +100,13 @@ class Answers:
         label, scores = constant
         return replace(found, majority=label, of_majority=share(scores), over_majority=over(scores))
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values: shares from 0 to 1."""
         left_out = ("over_base", "over_majority", "looks")
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         values["interval"] = finite(self.interval)
-        values["over_base"] = self.over_base.as_json()
-        return values | {"over_majority": self.over_majority and self.over_majority.as_json()}
+        values["over_base"] = self.over_base.to_dict()
+        return values | {"over_majority": self.over_majority and self.over_majority.to_dict()}
 
     @property
     def beats_base(self) -> bool:

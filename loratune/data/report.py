@@ -286,7 +286,7 @@ class Report:
         by_length = {str(length): count for length, count in lengths.items()}
         return self.counts() | {"cut_tokens": self.cut_tokens, "reasons": reasons, "lengths": by_length}
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON values without the duplicates, which `from_json` reads back."""
         return dict(_PLAIN.dump_python(self, mode="json", exclude={"duplicates"}))
 

@@ -334,7 +334,7 @@ class Overlap:
         """A line for each kind of overlap."""
         return self.leaks.remarks() if self.leaks else []
 
-    def as_json(self) -> dict[str, int] | None:
+    def to_dict(self) -> dict[str, int] | None:
         """JSON values; None if the overlap is unknown."""
         if self.leaks is None:
             return None

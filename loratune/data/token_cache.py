@@ -191,7 +191,7 @@ def _open_shard(path: Path) -> Any:
 
 def _shard_table(reports: Sequence[Report], batches: Sequence[Any]) -> Any:
     table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
-    metadata = {"report": total(reports).as_json(), "batches": [*map(_digest, batches)]}
+    metadata = {"report": total(reports).to_dict(), "batches": [*map(_digest, batches)]}
     return table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
 
 

@@ -15,6 +15,7 @@ import torch
 
 from loratune import data
 from loratune.adapter import card
+from loratune.adapter.clients import CLIENTS
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
@@ -25,7 +26,6 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export import experts
 from loratune.export.answers import ScoredAnswer
-from loratune.export.clients import CLIENTS
 from loratune.export.experts import Placement
 from loratune.lora import merging, tensors
 from loratune.lora.adapter_config import factors_in
@@ -151,7 +151,7 @@ class Agreement:
     divergence: float
     top1: float
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Name → metric; non-finite values as text, because JSON cannot represent them."""
         return {name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()}
 

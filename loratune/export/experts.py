@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratune.adapter.clients import CLIENTS
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
-from loratune.export.clients import CLIENTS
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_config import factors_in
 from loratune.lora.adapter_files import AdapterFiles

@@ -10,20 +10,21 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors, get_session
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors, get_session, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, LockedError, LoratuneError, Problem, ResourceError
+from loratune.errors import AdapterError, ConfigError, LockedError, LoratuneError, ModelError, Problem, ResourceError
 from loratune.events import note, progress
-from loratune.export.portable import CARD, PortableCopy
+from loratune.export.portable import CARD, PortableCopy, is_local
 from loratune.lora import adapter_files
-from loratune.lora.adapter_files import CONFIG_FILE
+from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
+from loratune.model import source
 from loratune.system import directories
 from loratune.system.files import sha256
 from loratune.text import without_userinfo
@@ -69,7 +70,7 @@ class Upload:
     removed: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON values, with totals."""
         totals = {"bytes": sum(file["bytes"] for file in self.files), "files_equal": len(self.files)}
         return asdict(self) | totals
@@ -84,6 +85,37 @@ def check_name(name: str, key: str = "") -> None:
     what = "not the name of a repository on the hub"
     fix = "give it as USER/NAME, at most 96 letters and digits with single - _ . between them"
     raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, name or "''", key, fix))
+
+
+def base_name(adapter: AdapterFiles, given: str | None) -> str:
+    """The hub id of the base for the uploaded adapter. given: the value of `--base`.
+
+    Raises:
+        ConfigError: The adapter names a local path, and no id is given; or the id differs from that of the adapter.
+        ModelError: The model does not exist on the hub.
+        ResourceError: The hub cannot be reached.
+    """
+    if not is_local(adapter.base):
+        if given in (None, adapter.base):
+            return adapter.base
+        what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, given or "", "--base", fix))
+    if given is None:
+        what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
+        where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with --base USER/MODEL"
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, where, "base_model_name_or_path", fix))
+    check_name(given, "--base")
+    recorded = adapter.record.get("base")
+    file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
+    try:
+        source.check_repository(given, None, file if isinstance(file, str) else "config.json", perhaps_path=False)
+    except ModelError as error:
+        what = without(error.problems[0].what, get_token() or "")
+        problem = replace(error.problems[0], what=what, key="--base")
+        if problem.code is Code.MODEL_HUB_UNREACHABLE:
+            raise ResourceError(replace(problem, code=Code.PUSH_HUB)) from None
+        raise ModelError(problem) from None
+    return given
 
 
 def upload(token: str, repository: str, copy: PortableCopy, *, public: bool) -> Upload:

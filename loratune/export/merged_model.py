@@ -156,8 +156,8 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
         merged = merged.eval().to(device)
     found = _logits(merged, ids, "the merged model")
     return {
-        "adapter": agreement(zip(adapter, found, strict=True)).as_json(),
-        "base": agreement(zip(base, found, strict=True)).as_json(),
+        "adapter": agreement(zip(adapter, found, strict=True)).to_dict(),
+        "base": agreement(zip(base, found, strict=True)).to_dict(),
         "dtype": dtype,
         "texts": len(ids),
     }

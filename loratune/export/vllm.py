@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from loratune.adapter.clients import VLLM_RANKS
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export.answers import SHARE, Effect, ScoredAnswer, effect
-from loratune.export.clients import VLLM_RANKS
 from loratune.lora.module_names import join_first
 
 SCRIPT = Path(__file__).with_name("vllm_process.py")

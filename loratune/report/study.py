@@ -139,7 +139,7 @@ class StudyResults:
         """The trials that are not significantly different from the best one."""
         return [trial for trial in self.trials if trial.verdict == LIKE_BEST]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         winner = self.winner.number if self.winner else None
         return {"version": VERSION, **asdict(self), "winner": winner}
@@ -154,7 +154,7 @@ class StudyResults:
         unfinished = directory / f"{FILE}.unfinished"
         try:
             unfinished.unlink(missing_ok=True)  # never through a link, or into a pipe
-            unfinished.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             unfinished.replace(directory / FILE)
         except OSError as error:
             with suppress(OSError):

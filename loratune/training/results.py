@@ -239,14 +239,14 @@ class TrainedAdapter:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
-            "held_out_interval": interval.as_json() if interval else None,
+            "held_out_interval": interval.to_dict() if interval else None,
         }
-        metrics |= self.scale.as_json()
+        metrics |= self.scale.to_dict()
         named = {
             "gain": self.gain, "answers": self.answers, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
             "behavior": self.behavior, "preferences": self.preferences, "test": self.test,
         }  # fmt: skip
-        metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
+        metrics |= {name: found.to_dict() for name, found in named.items() if found is not None}
         computed = ["held_out_loss", *named, *(["kept_step"] if best else [])]
         return metrics | {"computed_by": {one: self.computed_by for one in computed if metrics.get(one) is not None}}
 

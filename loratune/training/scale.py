@@ -67,7 +67,7 @@ class AdapterScale:
         """What to say after the held-out loss of the scaled adapter."""
         return "" if self.before is None else f" at adapter scale {self.value:g}; before scaling {self.before:.4f}"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """`adapter_scale`, and what it was chosen by as `adapter_scale_choice`; empty if nothing was asked for."""
         found: dict[str, Any] = {"adapter_scale": self.value} if self.why else {}
         return found | ({"adapter_scale_choice": self.evidence} if self.evidence else {})

@@ -37,7 +37,6 @@ from loratune.training.retention import ItemsWithTexts, RetentionTerm
 from loratune.training.upstream import (
     CheckpointTrainer,
     exclude_from_ddp,
-    scale_learning_rates,
     training_arguments,
     use_one_gpu,
 )
@@ -228,7 +227,7 @@ class RunTrainer(CheckpointTrainer):
 
     def _end(self, done: int, steps: int) -> Exception:
         """The exception that ends a run resumed after its last step: an error if a new learning rate was set."""
-        if self._learning_rate_factor == 1:
+        if self.rate_factor == 1:
             return NoStepLeft()
         what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
         fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
@@ -238,7 +237,8 @@ class RunTrainer(CheckpointTrainer):
         return ResumeError(Problem(Code.RESUME_CHANGED, what, key="training.learning_rate", fix=fix))
 
     @property
-    def _learning_rate_factor(self) -> float:
+    def rate_factor(self) -> float:
+        """What a resumed run multiplies its learning rates by."""
         return self.plan.resume_point.learning_rate_factor if self.plan.resume_point else 1.0
 
     def check_final_loss(self) -> None:
@@ -340,13 +340,13 @@ class RunTrainer(CheckpointTrainer):
         means |= self.guard.retention.logged() if means and self.guard.retention else {}
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the model for a batch, without a cache, with which packed rows would be treated as one row."""
-        prepared: dict[str, Any] = kernels.to_device(inputs, self.args.device)
+        prepared: dict[str, Any] = kernels.to_device(batch, self.args.device)
         self.shape = tuple(prepared["input_ids"].shape)
         self.guard.objective.set_loss_targets(self.model, prepared)
         texts = self.guard.retention.set_teacher(self.model, prepared) if self.guard.retention else 0
-        self.guard.tokens += max(0, count_tokens(inputs) - texts)
+        self.guard.tokens += max(0, count_tokens(batch) - texts)
         return prepared | {"use_cache": False}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -370,16 +370,19 @@ class RunTrainer(CheckpointTrainer):
         if self.group.main:
             attach.write(self.model, Path(str(output_dir)), state)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.plan.checkpoints.unfinished)
+    @property
+    def checkpoint_directory(self) -> Path:
+        """Where a checkpoint is written until it is whole."""
+        return self.plan.checkpoints.unfinished
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, which is whole or does not exist."""
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Write a checkpoint inside, which is whole or does not exist."""
         step, checkpoints = self.state.global_step, self.plan.checkpoints
         progress = {"best": self.best.record, "unreported": self.guard.losses, "seconds": round(self.seconds, 3)}
         progress |= {"divergences": self.guard.retention.steps} if self.guard.retention else {}
         with checkpoints.writing(step, progress, is_kept=self.keeps_checkpoints) as directory:
-            super()._save_checkpoint(model, trial)
+            yield
             if checkpoints.is_writer:
                 self.best.save(directory, step)
         if self.group.main:
@@ -388,24 +391,18 @@ class RunTrainer(CheckpointTrainer):
     def checkpoint_seconds(self) -> float:
         """How long it takes to write a checkpoint, which is removed again."""
         start, self.keeps_checkpoints = time.monotonic(), False
-        self._save_checkpoint(self.model_wrapped, None)
+        self.save_checkpoint()
         return time.monotonic() - start
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restore the trained weights, each process its shard of them; not called with DeepSpeed. Raises ResumeError:
-        the checkpoint holds others, of which PEFT would load those that fit."""
-        found = tensors.read_weights(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Restore the trained weights. Raises ResumeError: the checkpoint holds others, of which PEFT would load those
+        that fit."""
+        found = tensors.read_weights(checkpoint / WEIGHTS_FILE)
         own = tensors.weights(self.model)
         differing = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
         differing += [name for name in found if name not in own and ".lora_" in name]  # PEFT may add embeddings
         if differing:
             what = f"{len(differing)} tensors are not those that the run trains, among them {differing[0]}"
             fix = "its record is not the one that it was written with; start afresh with --overwrite"
-            raise ResumeError(Problem(Code.RESUME_CHANGED, what, resume_from_checkpoint, fix=fix))
+            raise ResumeError(Problem(Code.RESUME_CHANGED, what, str(checkpoint), fix=fix))
         tensors.restore(self.model, found)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore optimizer and scheduler, with a new learning rate if the user has set one."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._learning_rate_factor != 1:
-            scale_learning_rates(self.optimizer, self.lr_scheduler, self._learning_rate_factor)

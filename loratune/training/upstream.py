@@ -4,8 +4,10 @@ documented one is sufficient.
 tests/test_upstream_training.py fails if a release removes one.
 """
 
+from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -137,8 +139,8 @@ class TensorBoard(TensorBoardCallback):
         self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self._next_step)
 
 
-class CheckpointTrainer(Trainer):
-    """A Trainer whose checkpoints have the same files however weights are sharded.
+class CheckpointTrainer(Trainer, ABC):
+    """A Trainer whose batches and checkpoints are those of the run, with the same files however weights are sharded.
 
     Trainer has no documented way to do so: its callbacks are called around the steps that are overridden here. The main
     process writes all files; with ZeRO-3, DeepSpeed's own are beside them.
@@ -148,6 +150,45 @@ class CheckpointTrainer(Trainer):
     """
 
     group: Group
+
+    @property
+    @abstractmethod
+    def rate_factor(self) -> float:
+        """What a resumed run multiplies its learning rates by."""
+
+    @abstractmethod
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of the model for a batch."""
+
+    @abstractmethod
+    def writing_checkpoint(self) -> AbstractContextManager[Any]:
+        """A context inside of which the files of a checkpoint are written to `checkpoint_directory`."""
+
+    @abstractmethod
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Restore the trained weights from a checkpoint, each process its shard of them; not called with DeepSpeed."""
+
+    @property
+    @abstractmethod
+    def checkpoint_directory(self) -> Path:
+        """Where a checkpoint is written until it is whole."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.model_inputs(inputs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_directory)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.writing_checkpoint():
+            super()._save_checkpoint(model, trial)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint now; documented are only the steps after which Trainer does so."""
+        self._save_checkpoint(self.model_wrapped, None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.restore_weights(Path(resume_from_checkpoint))
 
     # Gradients
 
@@ -187,9 +228,14 @@ class CheckpointTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore the states of optimizer and scheduler, each process its shard of them. Nothing is done for None."""
-        if checkpoint is None or not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and checkpoint is not None:
+            self._load_shards(checkpoint)
+        else:
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
+        if checkpoint is not None and self.rate_factor != 1:
+            scale_learning_rates(self.optimizer, self.lr_scheduler, self.rate_factor)
+
+    def _load_shards(self, checkpoint: str) -> None:
         state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, entry in state["state"].items():

@@ -73,7 +73,7 @@ class Outcome:
     ran: Ran
     note: str = ""
 
-    def as_json(self, fault: str) -> dict[str, Any]:
+    def to_dict(self, fault: str) -> dict[str, Any]:
         """Plain values; `last` is the last line, or where a run succeeded with a warning, the warning."""
         warned = self.verdict == "says" and not self.ran.exit
         last = told(fault, self.ran) if warned else self.ran.last

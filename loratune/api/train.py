@@ -1,33 +1,27 @@
-"""The functions of the public API."""
+"""The public functions `loratune.train` and `loratune.plan`."""
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from os import fspath
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import loratune
 from loratune import __version__
 from loratune import config as configs
-from loratune.api import Overrides, Rows, StrPath, assignments, computing, default_state, libraries, training
+from loratune.api import Rows, StrPath, computing, default_state, libraries, training
 from loratune.codes import Code
 from loratune.config import RunConfig
-from loratune.config.arguments import check, checked, plain
+from loratune.config.arguments import check, checked
 from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note
-from loratune.system import launcher, output_file
+from loratune.system import launcher
 from loratune.system.launcher import Group
 from loratune.system.signals import StopSignal
 from loratune.text import shell_word
 
 if TYPE_CHECKING:
-    from loratune.api.adapter import Adapter
-    from loratune.commands.env import Environment
-    from loratune.commands.explain import Explanation
-    from loratune.commands.params import Params
-    from loratune.export.hub import Upload
-    from loratune.lora.stats import AdapterStats
     from loratune.training.checkpoints.run_dir import RunDirectory
     from loratune.training.plan import Plan
     from loratune.training.preflight import Run
@@ -52,48 +46,6 @@ class PublishedAdapter:
 
 
 @checked
-def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) -> RunConfig:
-    """Read a config from a YAML file, or from plain values.
-
-    Args:
-        source: The file; or its values as a nested mapping: `{"model": {"name_or_path": ...}}`.
-        overrides: Dotted key → value, such as `{"training.max_steps": 50}`.
-
-    Raises:
-        ConfigError: The config is not valid; lists every problem. (`RunConfig(...)` raises pydantic's
-            `ValidationError`.)
-    """
-    if isinstance(source, Mapping):
-        return configs.from_values(plain(source), "the config", assignments(overrides))
-    return configs.load(Path(source), assignments(overrides))
-
-
-@checked
-def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> "Explanation":
-    """Explain keys of a config: meaning, cost, and with a config file the effective values.
-
-    Args:
-        key: A key, its beginning, or another tool's name for it; by default all keys.
-        path: The config file.
-        overrides: As for `load_config`.
-
-    Raises:
-        ConfigError: The key is unknown, or the config is not valid; overrides are given without one.
-    """
-    if path is None and overrides:
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a config", key="overrides"))
-    from loratune.commands.explain import explain as explain_keys
-
-    found = explain_keys(key, None if path is None else Path(path), assignments(overrides))
-    if found.config and found.decides_servers:
-        with computing():
-            from loratune.commands import params
-
-            found = replace(found, servers=params.servers(found.config[0]))
-    return found
-
-
-@checked
 def train(
     config: RunConfig | None,
     *,
@@ -104,7 +56,7 @@ def train(
     config_file: StrPath | None = None,
     group: Group | None = None,
     on_event: Listener | None = None,
-) -> "Adapter":
+) -> "loratune.Adapter":
     """Train an adapter and publish its directory, `config.output_dir`.
 
     Under a launcher such as torchrun, all processes call it, and the main process publishes. A process trains one
@@ -143,12 +95,10 @@ def train(
                 run_config, group, resume=resume, overwrite=overwrite, allow_worse=allow_worse, rows=rows,
                 config_file=config_file,
             )  # fmt: skip
-        from loratune.api.adapter import Adapter
-
         if trained is None:  # the main process may still be publishing
-            return Adapter.later(run.directory.output)
+            return loratune.Adapter(run.directory.output, verify=False)
         try:
-            adapter = Adapter(run.directory.output)
+            adapter = loratune.Adapter(run.directory.output)
             emit(FinishedEvent(PublishedAdapter(run, trained)))
         except StopSignal as stop:
             stop.published = run.directory.output
@@ -175,10 +125,10 @@ def train_now(
     run = validated(config, place, group, resume=resume, rows=rows)
     with default_state():
         with libraries():
-            from loratune.commands import train
+            from loratune.training.run import train as train_run
 
         try:
-            return run, train.train(run, group, allow_worse=allow_worse, began=began)
+            return run, train_run(run, group, allow_worse=allow_worse, began=began)
         except StopSignal as stop:
             stop.is_resumable = run.directory.is_resumable()
             raise
@@ -225,138 +175,6 @@ def join_processes() -> Group:
         from loratune.training import processes
 
     return processes.join()
-
-
-@checked
-def init(
-    rows: StrPath,
-    *,
-    model: StrPath,
-    output: StrPath | None = None,
-    overrides: Overrides = (),
-    on_event: Listener | None = None,
-) -> RunConfig:
-    """Choose a config for rows and a model. No weights are loaded or downloaded.
-
-    Args:
-        rows: The path of the rows, or a hub id.
-        model: The directory of the model, or a hub id.
-        output: A new file to write the config to, with the reason for each choice.
-        overrides: Dotted key → value, for keys with a fixed value.
-        on_event: Receives events; the last one has the config as text, and estimates for its run.
-
-    Raises:
-        ConfigError, ModelError, DataError: A value, the model or the rows cannot be used.
-    """
-    with listening(on_event):
-        file = output_file.output(Path(output), "--output", overwrite=None) if output is not None else None
-        with libraries():
-            from loratune.commands import init_start
-
-        draft, run = init_start.start(fspath(rows), fspath(model), assignments(overrides), file)
-        with computing():
-            with libraries():
-                from loratune.commands import init
-
-            started = init.init(run, draft)
-        if file is not None:
-            with file.opened() as writable:
-                writable.write(started.text)
-        emit(FinishedEvent(started))
-        return started.run
-
-
-@checked
-def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> "Params":
-    """Count trainable parameters and estimate the memory for training, from the model's configuration alone.
-
-    Raises:
-        ModelError, ConfigError, AdapterError: The model's configuration, the targets, or the adapter to start from
-            cannot be used.
-    """
-    with listening(on_event):
-        note_portability(config)
-        with computing():
-            with libraries():
-                from loratune.commands import params
-
-            return params.params(config)
-
-
-@checked
-def environment(*, self_test: bool = False, on_event: Listener | None = None) -> "Environment":
-    """Find out what this machine has for training, and what to do where something is slow or missing.
-
-    Args:
-        self_test: Also train, load and generate with tiny random models on this machine's device, and compare the
-            results with those of stock transformers and PEFT; takes up to a minute.
-        on_event: Receives events.
-    """
-    with listening(on_event):
-        with libraries():
-            from loratune.commands import env
-
-        if not self_test:
-            return env.describe()
-        with training(), default_state():
-            with libraries():
-                from loratune.api import self_test as tests
-
-            checks = tests.run()
-        return replace(env.describe(), checks=checks)  # the page names what failed now
-
-
-@checked
-def push(
-    path: StrPath,
-    repository: str,
-    *,
-    public: bool = False,
-    base: str | None = None,
-    with_system: bool = False,
-    on_event: Listener | None = None,
-) -> "Upload":
-    """Upload an adapter directory to the hub, see `Adapter.push`."""
-    with listening(on_event):
-        with libraries():
-            from loratune.commands import push
-            from loratune.export import hub
-            from loratune.lora import adapter_files
-
-        hub.check_name(repository)
-        files = adapter_files.inspect(Path(path))
-        return push.push(files, repository, public=public, base=base, with_system=with_system)
-
-
-@checked
-def adapter_stats(path: StrPath) -> "AdapterStats":
-    """Statistics from the files of an adapter, without its base: rank, scaling, norm and effective rank of each update.
-
-    Raises AdapterError: It is not an adapter directory, or its tensors are not finite or have mismatched shapes.
-    """
-    with computing():
-        from loratune.lora import adapter_files, stats
-
-        return stats.adapter_stats(adapter_files.inspect(Path(path)))
-
-
-@checked
-def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False) -> Path:
-    """Write an HTML page on the study of a sweep. Returns the file.
-
-    Raises ConfigError: The directory does not hold a study, or the file cannot be written.
-    """
-    file = output_file.output(
-        Path(output), "--output", overwrite=overwrite, inputs=[Path(directory)], begins=output_file.HTML
-    )
-    with libraries():
-        from loratune.commands import report
-
-    file = file.reading(*report.study_inputs(Path(directory)))
-    text = report.study_report(Path(directory))
-    with file.opened() as writable:
-        writable.write(text)
-    return file.path
 
 
 def _of_main(config: RunConfig | None, group: Group) -> RunConfig:

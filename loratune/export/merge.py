@@ -54,7 +54,7 @@ class Merged:
         """Parameters that lose much of their change to rounding, the largest loss first."""
         return sorted((kept for kept in self.written.kept if kept.share < self.LOW_SHARE), key=lambda kept: kept.share)
 
-    def as_json(self) -> outputs.Merge:
+    def to_dict(self) -> outputs.Merge:
         """Plain values, which are also in the record."""
         written = self.written
         shares = {kept.name: round(kept.share, 6) for kept in written.kept}
@@ -129,7 +129,7 @@ def merge(
         merged = Merged(directory.output, written, compared_on, comparison, loaded_how, loader)
         _check_nearer(merged, adapter)
         merged_model.write_card(staging, adapter, summary(merged))
-        adapter.write_record(staging, "merged model", {"merge": merged.as_json()})
+        adapter.write_record(staging, "merged model", {"merge": merged.to_dict()})
     return merged
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loratune import config, memory
-from loratune.commands import init_start
-from loratune.commands.init_start import SOURCE
 from loratune.config import AUTO, Draft, RunConfig
 from loratune.data.holding_out import hold_out
 from loratune.data.measured_rows import OBJECTIVES, MeasuredRows, fit_length, measure
@@ -22,10 +21,12 @@ from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.memory import Estimate
 from loratune.model import checks, load, quantization, tensor_files
+from loratune.statistics import LEAST_ROWS
 from loratune.system import platforms
 from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
+from loratune.training.init_start import SOURCE
 from loratune.training.plan import unit_parameters
 from loratune.training.retention import step_tokens, typical_texts
 
@@ -36,6 +37,13 @@ _TITLE = (
     "directory where loratune is started. `loratune explain KEY` says what a key does."
 )
 _SCARCE = "half of the memory would not suffice without"
+_COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
+"""`max_length`: this share of the rows stays whole in any case, and all do if the longest row is at most so many times
+as long; it is a multiple of 64."""
+_WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT, _LEAST_ROWS = 0.1, 100, 0.2, 500, 50
+"""A tenth of the rows is held out; up to a fifth, to get 100; at most 500; and of fewer than 50 rows none."""
+_BLOCK = 1024
+"""The most tokens of the blocks into which longer texts are split."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Started:
+class InitialConfig:
     """A config, and estimates for its run.
 
     Attributes:
@@ -91,7 +99,7 @@ class Started:
     seconds: float
 
 
-def init(run: RunConfig, draft: Draft) -> Started:
+def init(run: RunConfig, draft: Draft) -> InitialConfig:
     """Choose the keys that a config leaves open.
 
     Args:
@@ -139,7 +147,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     count = creation.count(model, creation.initialize_adapter(model, lora))
     cores = platforms.processor_count()
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
-    return Started(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
+    return InitialConfig(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
 
 
 def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None) -> int:
@@ -152,11 +160,11 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
     if labels := rows.classes.joined():
         draft.propose("data.labels", labels, "for classes that look alike: the first are learned as the second")
     paired, split = rows.rows_per_example > 1, run.data.truncation_of(is_text=rows.is_text) == "split"
-    blocks = int(rows.all_lengths.sum()) // init_start.BLOCK if split else 0
+    blocks = int(rows.all_lengths.sum()) // _BLOCK if split else 0
     held_out = _choose_validation(draft, run, rows, blocks)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    length, why = init_start.max_length(rows.all_lengths, context, paired=paired, split=split)
+    length, why = max_length(rows.all_lengths, context, paired=paired, split=split)
     drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
     draft.choose("data.max_length", length, why + drawn)
     if (kind := rows.train.kind) is not None:
@@ -168,7 +176,7 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
 def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, blocks: int) -> int:
     """Choose the fraction of held-out rows, unless there are validation files. Returns the number of held-out rows."""
     best = "they measure the gain, and choose the step if there are several evaluations"
-    fraction = run.data.validation if draft.has("data.validation") else init_start.validation(len(rows.train), blocks)
+    fraction = run.data.validation if draft.has("data.validation") else validation(len(rows.train), blocks)
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):
@@ -318,3 +326,35 @@ def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel
     if not budget or budget >= seconds:
         return steps, seconds
     return max(1, int(steps * budget / seconds)), budget
+
+
+def validation(rows: int, blocks: int = 0) -> float | None:
+    """The fraction to hold out of a number of rows; None for too few rows. blocks: those of texts that are split."""
+    rows = max(rows, blocks) if rows >= LEAST_ROWS else rows
+    share = max(_WANTED_SHARE, min(_MOST_SHARE, _LEAST_SHARE_ROWS / max(1, rows)))
+    return float(f"{min(share, _MOST_HELD_OUT / rows):.2g}") if rows >= _LEAST_ROWS else None
+
+
+def max_length(
+    lengths: NDArray[np.int64], context: int | None, *, paired: bool = False, split: bool = False
+) -> tuple[int, str]:
+    """`data.max_length`, and why.
+
+    Args:
+        lengths: (rows,), in tokens; for pairs (answers,), each with its prompt.
+        context: The number of positions of the model, if known.
+        paired: Whether the rows are pairs.
+        split: Whether longer rows are split into blocks.
+    """
+    longest, covered = int(lengths.max()), int(np.quantile(lengths, _COVERED, method="inverted_cdf"))
+    wanted = min(longest, _BLOCK) if split else longest if longest <= _TAIL * covered else covered
+    rounded = max(_MULTIPLE, -(-wanted // _MULTIPLE) * _MULTIPLE)
+    length = min(rounded, context or rounded)
+    what, tokens = ("answer", f"{longest:,} tokens with its prompt") if paired else ("row", f"{longest:,} tokens")
+    if not (cut := int(np.count_nonzero(lengths > length))):
+        return length, f"the longest {what} has {tokens}"
+    limit = f"the model has {length:,} positions; " if length < wanted else ""
+    return (
+        length,
+        f"{limit}{cut:,} of {len(lengths):,} {what}s are longer, up to {tokens}, and are {'split' if split else 'cut'}",
+    )

@@ -13,21 +13,21 @@ from loratune.lora.module_names import adapted_too, number_of, pattern, ranges, 
 from loratune.text import block, format_duration, format_size, one_line, plural, shell_word, table
 
 if TYPE_CHECKING:
-    from loratune.api.functions import PublishedAdapter
-    from loratune.commands.env import Environment
-    from loratune.commands.evaluate import ScaleComparison
-    from loratune.commands.export import Exported
-    from loratune.commands.init import Started
-    from loratune.commands.merge import Merged
-    from loratune.commands.params import Params
-    from loratune.commands.sweep import SweepResult
+    from loratune.api.machine import Environment
+    from loratune.api.train import PublishedAdapter
     from loratune.compare.comparison import Comparison, Score
+    from loratune.compare.evaluation import ScaleComparison
     from loratune.compare.tasks import TaskResults
     from loratune.compare.verdict import Answers
+    from loratune.export.export import Exported
     from loratune.export.hub import Upload
+    from loratune.export.merge import Merged
     from loratune.lora.stats import AdapterStats, Update
     from loratune.memory import Estimate
     from loratune.outputs import DryRun, Init
+    from loratune.study.sweep import SweepResult
+    from loratune.training.init import InitialConfig
+    from loratune.training.params import Params
     from loratune.training.plan import Plan
     from loratune.training.results import SampleAnswer, TrainedAdapter
 
@@ -195,7 +195,7 @@ def _norms(groups: "Mapping[str, Sequence[Update]]") -> Iterator[str]:
         yield from table(["layer", *shortest([*groups])], rows)
 
 
-def started(started: "Started") -> list[tuple[str, str]]:
+def started(started: "InitialConfig") -> list[tuple[str, str]]:
     """The findings of `init` and its estimates for the run, as names and texts."""
     rows, fit, run = started.rows, started.fit, started.run
     lengths, paired = rows.tokenized.lengths, rows.rows_per_example > 1
@@ -222,7 +222,7 @@ def started(started: "Started") -> list[tuple[str, str]]:
     ]
 
 
-def started_values(started: "Started", file: str | None) -> "Init":
+def started_values(started: "InitialConfig", file: str | None) -> "Init":
     """The config and the estimates for `init --json`. file: where the config was written."""
     rows, fit = started.rows, started.fit
     return {
@@ -233,7 +233,7 @@ def started_values(started: "Started", file: str | None) -> "Init":
     }  # fmt: skip
 
 
-def started_notes(started: "Started") -> list[str]:
+def started_notes(started: "InitialConfig") -> list[str]:
     """Warnings about the config: truncation, and scarce memory."""
     lines = [f"data.max_length: {line}" for line in started.cut]
     if not started.fit.is_roomy:
@@ -439,4 +439,4 @@ def worst_rows(found: "Comparison", count: int) -> list[dict[str, Any]]:
     """The rows with the largest loss increase, as plain values."""
     from loratune.compare import text
 
-    return [row.as_json() for row in text.worst(found, count)]
+    return [row.to_dict() for row in text.worst(found, count)]

@@ -1,14 +1,11 @@
 """The first part of `loratune init`, before torch is imported: finds the files of training, validation and test rows,
-and chooses the output directory. The choices that depend on the number and the length of rows alone.
+and chooses the output directory.
 """
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from loratune import config
 from loratune.codes import Code
@@ -18,7 +15,6 @@ from loratune.data.sources.files import data_ending, is_document
 from loratune.errors import ConfigError, Problem
 from loratune.events import note
 from loratune.model.source import is_directory
-from loratune.statistics import LEAST_ROWS
 from loratune.system.output_file import Output
 from loratune.text import listed
 from loratune.training.checkpoints import run_dir
@@ -36,17 +32,9 @@ _SPLITS = {
 _HELD_OUT = 0.5
 """A placeholder for the fraction of held-out rows, which is chosen once the rows are counted."""
 
-_COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
-"""`max_length`: this share of the rows stays whole in any case, and all do if the longest row is at most so many times
-as long; it is a multiple of 64."""
-_WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT, _LEAST_ROWS = 0.1, 100, 0.2, 500, 50
-"""A tenth of the rows is held out; up to a fifth, to get 100; at most 500; and of fewer than 50 rows none."""
-BLOCK = 1024
-"""The most tokens of the blocks into which longer texts are split."""
-
 
 def start(rows: str, model: str, assignments: Sequence[str], output: Output | None = None) -> tuple[Draft, RunConfig]:
-    """The initial config for `init.init`, without validation rows unless they are set.
+    """The initial config for `training.init.init`, without validation rows unless they are set.
 
     Args:
         rows: The path of the rows, or a hub id.
@@ -131,35 +119,3 @@ def _free_directory(rows: str) -> str:
     taken = {entry.removesuffix(".partial") for entry in os.listdir()}
     names = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
     return next(candidate for candidate in names if candidate not in taken)
-
-
-def validation(rows: int, blocks: int = 0) -> float | None:
-    """The fraction to hold out of a number of rows; None for too few rows. blocks: those of texts that are split."""
-    rows = max(rows, blocks) if rows >= LEAST_ROWS else rows
-    share = max(_WANTED_SHARE, min(_MOST_SHARE, _LEAST_SHARE_ROWS / max(1, rows)))
-    return float(f"{min(share, _MOST_HELD_OUT / rows):.2g}") if rows >= _LEAST_ROWS else None
-
-
-def max_length(
-    lengths: NDArray[np.int64], context: int | None, *, paired: bool = False, split: bool = False
-) -> tuple[int, str]:
-    """`data.max_length`, and why.
-
-    Args:
-        lengths: (rows,), in tokens; for pairs (answers,), each with its prompt.
-        context: The number of positions of the model, if known.
-        paired: Whether the rows are pairs.
-        split: Whether longer rows are split into blocks.
-    """
-    longest, covered = int(lengths.max()), int(np.quantile(lengths, _COVERED, method="inverted_cdf"))
-    wanted = min(longest, BLOCK) if split else longest if longest <= _TAIL * covered else covered
-    rounded = max(_MULTIPLE, -(-wanted // _MULTIPLE) * _MULTIPLE)
-    length = min(rounded, context or rounded)
-    what, tokens = ("answer", f"{longest:,} tokens with its prompt") if paired else ("row", f"{longest:,} tokens")
-    if not (cut := int(np.count_nonzero(lengths > length))):
-        return length, f"the longest {what} has {tokens}"
-    limit = f"the model has {length:,} positions; " if length < wanted else ""
-    return (
-        length,
-        f"{limit}{cut:,} of {len(lengths):,} {what}s are longer, up to {tokens}, and are {'split' if split else 'cut'}",
-    )

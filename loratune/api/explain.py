@@ -1,5 +1,5 @@
-"""`loratune explain`: the meaning and cost of config keys and, with a config file, their values and where they are
-set."""
+"""The public function `loratune.explain`: the meaning and cost of config keys and, with a config file, their values and
+where they are set."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from loratune import outputs
+from loratune.api import Overrides, StrPath, assignments, computing
 from loratune.codes import Code
 from loratune.config import RunConfig, load_with_lines
+from loratune.config.arguments import checked
 from loratune.config.keys import Key, KeyGroup, KeyPath, dotted, find, groups, suggestion, yaml_flow
 from loratune.config.schema import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.config.template_variables import described, variables
@@ -162,27 +164,36 @@ def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[Key
         yield from _at(values[names[0]], names[1:], (*path, names[0]))
 
 
-def explain(words: str | None, path: Path | None, assignments: Sequence[str]) -> Explanation:
-    """Explain the keys and sections that match a name, see `keys.find`; without a name, all of them.
+@checked
+def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> Explanation:
+    """Explain keys of a config: meaning, cost, and with a config file the effective values.
 
     Args:
-        words: A name, or its beginning.
-        path: A config file.
-        assignments: Assignments that override it, as for `config.load`.
+        key: A key, its beginning, or another tool's name for it; by default all keys.
+        path: The config file.
+        overrides: As for `load_config`.
 
     Raises:
-        ConfigError: The config is not valid, or the key is unknown.
+        ConfigError: The key is unknown, or the config is not valid; overrides are given without one.
     """
-    config = load_with_lines(path, assignments) if path else None
-    found: list[KeyGroup | Key] = [*groups()] if words is None else find(words)
-    if not found:
-        fix = suggestion(tuple(str(words).strip().split(".")))
+    if path is None and overrides:
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a config", key="overrides"))
+    document = None if path is None else load_with_lines(Path(path), assignments(overrides))
+    named: list[KeyGroup | Key] = [*groups()] if key is None else find(key)
+    if not named:
+        fix = suggestion(tuple(str(key).strip().split(".")))
         fix = fix if fix.startswith("did") else "loratune explain lists all keys"
-        raise ConfigError(Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", key=str(words), fix=fix))
-    keys = [key.label for item in found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
-    sources = _templates(config[0]) if config and ARGUMENTS_KEY in keys else []
+        raise ConfigError(Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", key=str(key), fix=fix))
+    keys = [one.label for item in named for one in (item.keys if isinstance(item, KeyGroup) else (item,))]
+    sources = _templates(document[0]) if document and ARGUMENTS_KEY in keys else []
     template = {name: default for one in sources for name, default in variables(one).items()}
-    return Explanation(found, path, config, template if sources else None)
+    found = Explanation(named, None if path is None else Path(path), document, template if sources else None)
+    if document is None or not found.decides_servers:
+        return found
+    with computing():
+        from loratune.training import params
+
+        return replace(found, servers=params.servers(document[0]))
 
 
 def _templates(run: RunConfig) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.commands import train as training
 from loratune.compare.metrics import RowLosses
 from loratune.config import AUTO, RunConfig, keys, path_keys
 from loratune.data.formats import KINDS
@@ -38,6 +37,7 @@ from loratune.system.files import is_directory, is_file, kind, sha256
 from loratune.system.launcher import host
 from loratune.text import format_duration, plural
 from loratune.training import auto
+from loratune.training import run as training
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.preflight import Run
 
@@ -228,7 +228,7 @@ class Sweep:
                 "seconds": seconds + (point.record.seconds if point else 0.0),
                 "steps": adapter.steps,
                 "adapter_bytes": adapter.adapter_bytes,
-                "unrelated": adapter.unrelated.as_json().get("change"),
+                "unrelated": adapter.unrelated.to_dict().get("change"),
                 "rows": losses.packed(),
                 _DIGEST: sha256(output / RECORD_FILE),
             }

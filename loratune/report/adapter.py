@@ -6,9 +6,9 @@ from pathlib import Path
 
 from loratune import config
 from loratune.adapter.directory import RUN_FILE, AdapterDirectory
-from loratune.commands.evaluate import ScaleComparison
 from loratune.compare import preferences
 from loratune.compare.comparison import Comparison
+from loratune.compare.evaluation import ScaleComparison
 from loratune.config import keys
 from loratune.errors import AdapterError, ConfigError
 from loratune.lora.stats import AdapterStats, Update, adapter_stats, span

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from loratune import memory, outputs
 from loratune.codes import Code
-from loratune.commands.init import estimate_rows
 from loratune.config import AUTO, RunConfig, Source
 from loratune.config.portability import is_plain
 from loratune.data.measured_rows import fit_length, measure
@@ -23,6 +22,7 @@ from loratune.model import load, quantization, tensor_files
 from loratune.model.source import cached_directory
 from loratune.system import accelerator
 from loratune.training import auto
+from loratune.training.init import estimate_rows
 from loratune.training.retention import typical_texts
 
 
@@ -87,7 +87,7 @@ class Params:
             by_role[group.role] = by_role.get(group.role, 0) + group.trainable
         return by_role
 
-    def as_json(self) -> outputs.Params:
+    def to_dict(self) -> outputs.Params:
         """Plain values for `--json`."""
         return {
             "trainable": self.count.trainable,

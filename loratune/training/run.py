@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any, NoReturn
 
 from loratune import config, data, kernels, memory
-from loratune.adapter import card
+from loratune.adapter import card, clients
 from loratune.codes import Code
 from loratune.compare import preferences, verdict
 from loratune.data import splits
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.events import emit, note
-from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import checks, load
 from loratune.model.upstream import quiet_transformers

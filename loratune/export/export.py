@@ -12,14 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratune import memory, outputs
-from loratune.adapter import loading
+from loratune.adapter import clients, loading
+from loratune.adapter.clients import CLIENTS, ExportOptions
 from loratune.adapter.directory import RUN_FILE, SYSTEM, AdapterDirectory
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.events import note
-from loratune.export import clients, experts, gguf, ollama, vllm
+from loratune.export import experts, gguf, ollama, vllm
 from loratune.export.answers import ScoredAnswer
-from loratune.export.clients import CLIENTS, ExportOptions
 from loratune.export.comparison import check_logits, check_plain, check_tensors, fold, scored_answers, texts
 from loratune.export.experts import Placement
 from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult
@@ -54,7 +54,7 @@ class Exported:
     metrics: dict[str, Any]
     commands: Sequence[str]
 
-    def as_json(self) -> outputs.Export:
+    def to_dict(self) -> outputs.Export:
         """Plain values by name."""
         return {
             "directory": str(self.directory), "client": self.client, "comparison": self.metrics,

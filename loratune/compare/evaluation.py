@@ -128,7 +128,7 @@ def evaluate(
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
         "sensitivity": _sensitivity(first, dataset, [row.items[0] for row in rows.rows]),
         "tasks": tasks(first) if tasks else None,
-        "overlap": overlap.as_json(),
+        "overlap": overlap.to_dict(),
     }
     remarks += facts["tasks"].remarks if tasks else ()
     if against is not None:

@@ -1,1 +1,0 @@
-"""The implementation of each command, one module per command, without parsing and printing."""
