@@ -113,7 +113,7 @@ def opened(path: Path) -> Any:
     """What an adapter tells without loading anything."""
     one = loratune.Adapter(path)
     assert one.config is not None
-    return one.record, one.config, one._directory.files.config, one._directory.files.tensors
+    return one.record, one.config, one.directory.files.config, one.directory.files.tensors
 
 
 def merged(one: loratune.Adapter, folder: Path) -> Any:
@@ -127,7 +127,7 @@ def exported(one: loratune.Adapter, folder: Path) -> Any:
 def copied(one: loratune.Adapter, folder: Path) -> Any:
     """What `push` uploads."""
     shutil.rmtree(folder / "copy", ignore_errors=True)
-    return tree(portable.copy(one._directory.files, folder / "copy", "me/skill", "who/base").path)
+    return tree(portable.copy(one.directory.files, folder / "copy", "me/skill", "who/base").path)
 
 
 METHODS: dict[str, Callable[[loratune.Adapter, Path], Any]] = {
@@ -171,12 +171,12 @@ def test_no_method_mixes_two_adapters(method: str, place: Place, tmp_path: Path)
     seen = {moment if method == "generate" else moment[0]: number for number, moment in reversed([*enumerate(read, 1)])}
     for number in (0, *seen.values()):
         one = loratune.Adapter(place.fill())
-        record, tensors_before = one.record, one._directory.files.tensors
+        record, tensors_before = one.record, one.directory.files.tensors
         if number == 0:
             place.swap()
         with WATCH.over(place.path, number, place.swap):
             assert outcome(lambda: use(one, tmp_path)) in (None, expected), read[number - 1]  # noqa: B023
-        assert one.record == record and one._directory.files.tensors == tensors_before
+        assert one.record == record and one.directory.files.tensors == tensors_before
 
 
 def test_what_is_loaded_is_used_after_the_directory_is_gone(place: Place) -> None:

@@ -389,7 +389,7 @@ def test_answers_and_tasks_are_those_of_stock_transformers_row_by_row(
     ]
     assert ours.generate(prompts, max_new_tokens=NEW) == expected
     with harness.contained():
-        model = harness._HarnessedModel(ours._loaded.default, "adapter", sys.stderr)
+        model = harness._HarnessedModel(ours.opened.loaded.default, "adapter", sys.stderr)
         asked: list[Any] = [SimpleNamespace(args=(row["prompt"].rstrip(), row["completion"])) for row in TRAIN]
         found = [nats for nats, _ in model.loglikelihood(asked)]
         asked = [SimpleNamespace(args=(prompt, {"until": ["\0"], "max_gen_toks": NEW})) for prompt in prompts]
