@@ -119,9 +119,9 @@ def _outcome(check: Callable[[], str]) -> tuple[str, str]:
         return NOT_AVAILABLE, str(reason)
     except Exception as error:
         lacks = isinstance(error, ResourceError) or is_disk_full(error) or is_out_of_memory(error)
-        told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
-        told = error.problems[0].what if isinstance(error, LoratuneError) else told
-        return NOT_AVAILABLE if lacks else FAILED, told
+        detail = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+        detail = error.problems[0].what if isinstance(error, LoratuneError) else detail
+        return NOT_AVAILABLE if lacks else FAILED, detail
 
 
 @dataclass
@@ -307,17 +307,17 @@ class _SelfTest:
     def _quantized(self, bits: str) -> str:
         if lacks := bitsandbytes_lacks():
             raise NotAvailableError(lacks)
-        told = dict[str, str]()
+        detail = dict[str, str]()
         for dtype in dict.fromkeys((torch.float32, self._dtype) if self._device.type == "cpu" else (self._dtype,)):
             model: dict[str, Any] = {"quantization": bits, "dtype": _name(dtype)}
             losses = self._trained(bits, ROWS, model=model)
             base = self._quantized_base(ModelSection(name_or_path=str(self._base), **model))
             stock = self._stock(dtype, len(losses), self._sft_loss, base)
-            told[_name(dtype)] = _compared(losses, stock, CURVE[dtype])
+            detail[_name(dtype)] = _compared(losses, stock, CURVE[dtype])
             with turns.passed_on():
                 answer = Adapter(self.folder / bits).generate([ROWS[0]["prompt"]], max_new_tokens=4)[0]
             shutil.rmtree(self.folder / bits)
-        lines = "; ".join(f"{name}: {line}" for name, line in told.items())
+        lines = "; ".join(f"{name}: {line}" for name, line in detail.items())
         return f"{lines}; saved, loaded, answers {answer!r}"
 
     def _on_gpu(self, name: str, lacks: str, **sections: dict[str, Any]) -> str:
@@ -336,14 +336,14 @@ class _SelfTest:
 
     def _liger(self) -> str:
         lacks = "" if is_liger_kernel_available() else "the package liger-kernel is not installed"
-        told, model = self._on_gpu("liger", lacks, model={"use_liger_kernel": True}), self._wide_model()
+        detail, model = self._on_gpu("liger", lacks, model={"use_liger_kernel": True}), self._wide_model()
         if "accelerated" not in self._seconds:
             raise NotAvailableError("the time of a step without them is not known")
         kernels.use_liger(model)
         with kernels.accelerated(model, attach.adapted_linear):
             factor = self._seconds["accelerated"] / checked.step_seconds(model, flatten)
         self.is_liger_faster = factor > LEAST_GAIN
-        return f"{told}; {factor:.2f} times as fast as without"
+        return f"{detail}; {factor:.2f} times as fast as without"
 
     def _wide_model(self) -> Any:
         """A PEFT model in training mode, large enough for its speed to be measured."""
@@ -359,10 +359,10 @@ def _name(dtype: torch.dtype) -> str:
 def _compared(ours: Sequence[float], stock: Sequence[float], allowed: float) -> str:
     """The largest difference of two curves, relative to the first loss. Raises DifferenceError: it is not allowed."""
     worst = max(abs(one - other) for one, other in zip(ours, stock, strict=False)) / abs(stock[0])
-    told = f"largest difference from stock PEFT {worst:.1e} of the first loss"
+    detail = f"largest difference from stock PEFT {worst:.1e} of the first loss"
     if not worst <= allowed:
-        raise DifferenceError(f"{told}, {allowed:g} is allowed")
-    return told
+        raise DifferenceError(f"{detail}, {allowed:g} is allowed")
+    return detail
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

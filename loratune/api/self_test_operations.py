@@ -142,10 +142,10 @@ def _largest(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 def _told(what: str, differences: dict[str, float], allowed: float) -> str:
     """A line on the largest difference. Raises DifferenceError: it is not allowed."""
     name, worst = max(differences.items(), key=lambda item: item[1])
-    told = f"{len(differences)} {what}, largest relative difference {worst:.1e} ({name})"
+    detail = f"{len(differences)} {what}, largest relative difference {worst:.1e} ({name})"
     if not worst <= allowed:
-        raise DifferenceError(f"{told}, {allowed:g} is allowed")
-    return told
+        raise DifferenceError(f"{detail}, {allowed:g} is allowed")
+    return detail
 
 
 def _drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:

@@ -26,7 +26,7 @@ from loratune.kernels.lora_linear import Adapted, Reader
 from loratune.kernels.masks import HELD, check_known
 from loratune.kernels.parity_check import ParityCheck
 from loratune.kernels.recognition import form_of
-from loratune.kernels.replacements import restore, twin
+from loratune.kernels.replacements import restore, with_forward
 from loratune.kernels.transfer import send
 
 Layers = Iterable[tuple[str, nn.Module]]
@@ -189,7 +189,7 @@ def quantized_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor)
         y: Tensor = part.layer(x)
         return y + functional.linear(inner, (up * part.scaling).to(x.dtype)).to(y.dtype)
 
-    return twin(module, forward)
+    return with_forward(module, forward)
 
 
 def fast_norm(module: nn.Module, epsilon: float) -> nn.Module:
@@ -201,7 +201,7 @@ def fast_norm(module: nn.Module, epsilon: float) -> nn.Module:
         result = module(x) if x.dtype != weight.dtype else functional.rms_norm(x, weight.shape, weight, epsilon)
         return result
 
-    return twin(module, forward)
+    return with_forward(module, forward)
 
 
 def _replace_norms(base: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -29,7 +29,7 @@ class Replacement(StandIn):
         self._original = [original]
 
 
-def twin(layer: nn.Module, forward: Callable[[Tensor, bool], Tensor]) -> nn.Module:
+def with_forward(layer: nn.Module, forward: Callable[[Tensor, bool], Tensor]) -> nn.Module:
     """A copy of a PEFT layer with another forward function, and the same class and children.
 
     PEFT would not save the weights of layers of another class.
@@ -205,7 +205,7 @@ def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
     if part is None:
         return None
     layer = Projection([part])
-    return twin(module, lambda x, training: project(x, layer, training=training))
+    return with_forward(module, lambda x, training: project(x, layer, training=training))
 
 
 def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:

@@ -227,7 +227,7 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     Raises:
         ModelError: As `load_base`; the base has weights that are not finite, or processes have loaded different bases.
     """
-    self_test.heed(group.all_gather(self_test.failed()))
+    self_test.turn_off(group.all_gather(self_test.failed()))
     files = FileStates(section)
     model = load_base(section)
     kept = files.kept_results(model.device)

@@ -162,17 +162,17 @@ def _reject(plan: Plan, trained: TrainedAdapter) -> NoReturn:
     assert trained.gain is not None and trained.verdict is not None
     is_worse, what = trained.verdict == "worse", trained.headline
     if plan.group.main:
-        record = versioned({"step": trained.steps, "verdict": trained.verdict, "told": what})
+        record = versioned({"step": trained.steps, "verdict": trained.verdict, "headline": what})
         with suppress(OSError):  # the record only makes later messages more exact
             write_json(plan.run.directory.rejection, record)
     plan.group.all_gather(None)  # a barrier: the other processes end only after the record is written
     code = Code.TRAINING_WORSE_THAN_BASE if is_worse else Code.TRAINING_LEARNED_NOTHING
     change = "lower training.learning_rate" if is_worse else "raise training.learning_rate or training.num_train_epochs"
     fix = f"{change} and start with --overwrite, or {PUBLISH_WORSE}"
-    told = f"the adapter {'is ' if is_worse else ''}{what}{'' if is_worse else f' (gain: {trained.gain})'}"
+    message = f"the adapter {'is ' if is_worse else ''}{what}{'' if is_worse else f' (gain: {trained.gain})'}"
     if not is_worse and not plan.adapter_init.has_changed(trained.weights):
-        code, told = Code.LORA_UNCHANGED, "training changed nothing: every lora_B still has its initial values"
-    raise NumericError(Problem(code, told, fix=fix))
+        code, message = Code.LORA_UNCHANGED, "training changed nothing: every lora_B still has its initial values"
+    raise NumericError(Problem(code, message, fix=fix))
 
 
 def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:

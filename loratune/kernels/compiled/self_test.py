@@ -41,7 +41,7 @@ def record(results: dict[str, str]) -> str:
     return problem
 
 
-def heed(processes: Sequence[Sequence[str]]) -> None:
+def turn_off(processes: Sequence[Sequence[str]]) -> None:
     """Count checks as failed in this process that failed in any process of a run. processes: the `failed` of each."""
     _known(elsewhere()).update(dict.fromkeys(chain(*processes), FAILED))
 
