@@ -141,7 +141,7 @@ class Plan:
     @cached_property
     def comparisons(self) -> Comparisons:
         """What is compared after the last step."""
-        evaluations, is_scaled = self.evaluations, self.config.training.adapter_scale == AUTO
+        evaluations = self.evaluations
         selects = self.config.keeps_best and evaluations is not None and evaluations.count > 1
         instructions: list[behavior.Ids] = []
         with suppress(DataError, ModelError):  # then it is not measured
@@ -149,7 +149,7 @@ class Plan:
         costs = comparisons.costs(self.datasets.unrelated.rows, instructions)
         least = comparisons.affordable(self.count.total, on_accelerator=self.model.device.type != "cpu")
         return comparisons.decide(
-            self.datasets.compared, self.batches.chooses, self.tokens, costs, least=least, selects=selects or is_scaled
+            self.datasets.compared, self.batches.chooses, self.tokens, costs, least=least, selects=selects
         )
 
     @cached_property
