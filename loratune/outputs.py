@@ -188,7 +188,7 @@ Attributes:
     other_names: Its names in other tools.
     in_force: Its effective values; empty without a config.
     template_reads: Name → default of each argument that the chat template reads.
-    servers: Server → whether it applies the adapter, and from which release.
+    servers: Server → whether its newest release applies the adapter.
 """
 Explain = TypedDict("Explain", {"config": str | None, "keys": dict[str, ExplainedKey]})
 """Keys of a config.
