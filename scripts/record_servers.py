@@ -589,7 +589,7 @@ NORMALIZED = {
 
 
 def of_sglang(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
-    """Architecture → what LoRA keys may address in SGLang."""
+    """Architecture → what LoRA keys may address in SGLang, which compares only the last part of a name."""
     reader, literals, found = Reader(source, registry), Literals(source), {}
     utils = source.names["sglang.srt.lora.utils"]
     known = {node.value for node in ast.walk(utils["_KNOWN_LORA_TARGET_MODULES"]) if isinstance(node, ast.Constant)} \
@@ -616,8 +616,9 @@ def of_sglang(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
             if last in ("qkv_proj", "gate_up_proj"):
                 names[path] = None
         wanted, text = language(name for name in names if "layers." in name or name.endswith("lm_head")), texts(modules)
+        parts = {f"*{'.experts' if '.experts.' in name else ''}.{name.rpartition('.')[2]}" for name in wanted}
         if wanted or (text and applies(source, literals, kind, f"{text['text']}.model.layers.*.self_attn.qkv_proj")):
-            found[architecture] = {"modules": wanted} | text
+            found[architecture] = {"modules": sorted(parts)} | text
     return found
 
 
