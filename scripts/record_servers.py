@@ -591,11 +591,10 @@ NORMALIZED = {
 def of_sglang(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
     """Architecture → what LoRA keys may address in SGLang, which compares only the last part of a name."""
     reader, literals, found = Reader(source, registry), Literals(source), {}
-    utils = source.names["sglang.srt.lora.utils"]
-    known = {node.value for node in ast.walk(utils["_KNOWN_LORA_TARGET_MODULES"]) if isinstance(node, ast.Constant)} \
-        if "_KNOWN_LORA_TARGET_MODULES" in utils else set()  # fmt: skip
+    targets = source.names["sglang.srt.lora.utils"]["_KNOWN_LORA_TARGET_MODULES"]
+    known = {node.value for node in ast.walk(targets) if isinstance(node, ast.Constant)}
     for architecture, kind in sorted(registry.items()):
-        if architecture not in KNOWN or not known:
+        if architecture not in KNOWN:
             continue
         modules = list(reader.modules(Instance(kind, {})))
         leaves = {path for path, child in modules if source.is_a(child, (LINEAR, *VOCABULARY))}
