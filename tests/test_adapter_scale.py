@@ -1,6 +1,7 @@
 """`--adapter-scale`: an adapter's update, multiplied by a number."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from conftest import PLAIN, ROWS, check_refused, meanings, write_rows
 from peft import PeftModel
-from running import WEIGHTS, Cli, MakeConfig
+from running import WEIGHTS, Cli, MakeConfig, checkpoints, stopped
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loratune
 from loratune.codes import Code
 from loratune.errors import ConfigError
+from loratune.training.checkpoints.store import MANIFEST, RUN, seal
 
 PROMPTS = [f"{number} and {number} make" for number in range(3)]
 
@@ -118,3 +120,47 @@ def test_scales_of_a_program_are_checked_as_those_of_a_command(adapter: Path) ->
         with pytest.raises(ConfigError) as error:
             method(rows, metrics="contains")
         assert meanings(error.value)[0][::2] == (Code.USAGE_CONFLICT, "--metric")
+
+
+# The removed key `training.adapter_scale`
+
+KEY = "training.adapter_scale"
+
+
+@pytest.mark.parametrize("value", ["0.5", "auto"])
+def test_the_removed_key_is_refused(value: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(training={"adapter_scale": value})
+    line = next(number for number, text in enumerate(config.read_text().splitlines(), 1) if "adapter_scale" in text)
+    ran = cli("train", config)
+    check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, f"{config}:{line}", KEY))
+    assert "`--adapter-scale` of evaluate, generate, merge and export" in ran.err and len(ran.err.splitlines()) == 1
+    assert loratune.load_config(run_config(training={"adapter_scale": 1.0}), [f"{KEY}=1"]) is not None
+
+
+def test_an_adapter_that_was_trained_with_it_can_be_used(adapter: Path, cli: Cli, tmp_path: Path) -> None:
+    """Its B has the scale."""
+    earlier = tmp_path / "earlier"
+    shutil.copytree(adapter, earlier)
+    run = (earlier / "run.yaml").read_text()
+    (earlier / "run.yaml").write_text(run.replace("training:\n", "training:\n  adapter_scale: 0.5\n"))
+    for arguments in (
+        ("generate", PROMPTS[0], "--max-new-tokens", 2),
+        ("evaluate", "--data", adapter.parent / "rows.jsonl"),
+    ):
+        command, *others = arguments
+        ran = cli(command, "--adapter", earlier, *others, "--force")
+        assert ran.code == 0, ran.err
+
+
+def test_a_run_that_was_begun_with_it_is_not_resumed(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(training={"max_steps": 12, "save_steps": 1})
+    assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
+    for value, code in ((0.5, 7), (1.0, 0)):
+        for checkpoint in checkpoints(tmp_path / "out.partial"):
+            record = json.loads((checkpoint / RUN).read_text())
+            record["config"]["training"]["adapter_scale"] = value
+            (checkpoint / RUN).write_text(json.dumps(record))
+            (checkpoint / MANIFEST).unlink()
+            seal(checkpoint)
+        ran = cli("train", config, "--resume")
+        assert ran.code == code and (KEY in ran.err) == (code == 7), ran.err

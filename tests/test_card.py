@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_eval_result
 from test_preferences import config
 
 from loratune.adapter import card as cards
+from loratune.adapter import clients
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source
-from loratune.export import clients
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 

@@ -343,7 +343,6 @@ def test_values_are_read_as_intended(load: Callable[..., RunConfig], key: str, t
         ("lora.r", "[8]", "expected a whole number or 'auto', got a list"),
         ("lora.r", "", "expected a whole number or 'auto', got nothing"),
         ("lora.r", "0", "must be greater than 0, got a number 0"),
-        ("training.adapter_scale", "0", "must be greater than or equal to 0.01"),
         ("retention.num_samples", "2147483647", "must be less than or equal to 10000"),
         ("data.replay", "0.9999999999", "must be less than or equal to 0.99"),
         ("lora.lora_alpha", "-16", "must be greater than 0, got a number -16"),

@@ -45,7 +45,7 @@ def test_the_page(cli: Cli) -> None:
     sections = [line for line in ran.out.splitlines() if not line.startswith(" ")]
     assert sections[:5] == ["program", "packages", "processor", "compiled code", "GPU"]
     assert f"torch {torch.__version__}" in " ".join(ran.out.split())
-    facts = json.loads(cli("machine", "--json").out)
+    facts = json.loads(cli("env", "--json").out)
     assert "self_test" not in facts and facts["program"]["loratune"]["value"].startswith(loratune.__version__)
     assert facts["GPU"]["GPU"]["value"] == "none; training runs on the CPU"
 
@@ -54,7 +54,7 @@ def test_a_token_is_never_shown(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     ran = cli("env")
     assert "hf_secret" not in ran.out + ran.err
-    assert "present" in json.loads(cli("machine", "--json").out)["hub"]["token"]["value"]
+    assert "present" in json.loads(cli("env", "--json").out)["hub"]["token"]["value"]
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ FAILURES: dict[str, tuple[str, str, BaseException]] = {
 def test_what_fails_becomes_a_line(name: str, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     owner, function, error = FAILURES[name]
     monkeypatch.setattr(f"loratune.api.{owner}.{function}", fail(error))
-    ran = cli("machine", "--json")
+    ran = cli("env", "--json")
     assert ran.code == 0, ran.err
     facts = [fact for section in json.loads(ran.out).values() for fact in section.values()]
     (found,) = [fact for fact in facts if f"({type(error).__name__}:" in fact["value"]]
@@ -225,7 +225,7 @@ def test_packages_that_break_the_libraries(tmp_path: Path) -> None:
     for name in ("bitsandbytes", "triton"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} is broken')")
-    ran = process("machine", "--json", PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
+    ran = process("env", "--json", PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
     assert ran.code == 0, ran.err
     facts = json.loads(ran.out)
     broken = facts["program"]["libraries"]
@@ -256,7 +256,7 @@ def test_variables_that_libraries_cannot_use(variable: str, tmp_path: Path) -> N
     """Most are read as a library is imported."""
     os.mkfifo(tmp_path / "pipe")
     value, name, told = VARIABLES[variable]
-    ran = process("machine", "--json", **{variable: value.format(pipe=tmp_path / "pipe"), "HF_HUB_OFFLINE": "0"})
+    ran = process("env", "--json", **{variable: value.format(pipe=tmp_path / "pipe"), "HF_HUB_OFFLINE": "0"})
     assert ran.code == 0, ran.err
     facts = {name: fact for section in json.loads(ran.out).values() for name, fact in section.items()}
     assert told in facts[name]["value"] and facts[name]["advice"], facts[name]
@@ -335,7 +335,7 @@ def test_caches_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_all_checks_pass_here(cli: Cli) -> None:
-    ran = cli("machine", "--self-test", "--json")
+    ran = cli("env", "--self-test", "--json")
     assert ran.code == 0, ran.err
     checks = {check["name"]: check for check in json.loads(ran.out)["self_test"]}
     assert [check for check in checks.values() if check["result"] == results.FAILED] == []
@@ -371,7 +371,7 @@ def test_what_failed_is_not_used_and_said(cli: Cli, run_config: MakeConfig, monk
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
     with monkeypatch.context() as patch:
         patch.setattr(self_test._SelfTest, "checks", checks)
-        ran = cli("machine", "--self-test")
+        ran = cli("env", "--self-test")
         check_refused(ran, 6, (Code.SYSTEM_SELF_TEST, "", ""))
     assert f"failed here: {FLOAT32}" in ran.out and "not run here" not in ran.out
     assert results.failed() == [FLOAT32]
@@ -521,7 +521,7 @@ def test_no_room_for_the_models_of_the_self_test(cli: Cli, monkeypatch: pytest.M
 
     results.record({"a": results.FAILED})
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    ran = cli("machine", "--self-test")
+    ran = cli("env", "--self-test")
     assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "TMPDIR" in ran.err
     assert results.failed() == ["a"]
 
@@ -577,7 +577,7 @@ def test_a_self_test_that_waits_for_the_processor_says_so(monkeypatch: pytest.Mo
 def test_threads_of_the_self_test_do_not_spin(options: list[str], chosen: str, tmp_path: Path) -> None:
     """OpenMP reads it as torch is loaded. With two busy programs beside it, spinning took four times the processor."""
     (tmp_path / "torch.py").write_text("import os\nraise ValueError(f'policy: {os.environ.get(\"OMP_WAIT_POLICY\")}')")
-    ran = process("machine", *options, PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
+    ran = process("env", *options, PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
     assert f"policy: {chosen}" in ran.out + ran.err
 
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from loratune.adapter import clients
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import clients, comparison, gguf, llama_cpp_process, ollama
+from loratune.export import comparison, gguf, llama_cpp_process, ollama
 from loratune.export.answers import ScoredAnswer
 from loratune.export.comparison import Texts, texts
 from loratune.lora.adapter_files import inspect, manifest

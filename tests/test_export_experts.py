@@ -274,7 +274,7 @@ def test_experts_of_a_wrapped_base_apply_in_the_wrapper(
     ran = cli("export", "--adapter", adapter, "--to", "vllm", "--output", output, "--json")
     assert ran.code == 0, ran.err
     server = json.loads(ran.out)["comparison"]["server"]
-    assert (server["class"], server["since"]) == ("Qwen3_5MoeForConditionalGeneration", "0.20.2")
+    assert server["class"] == "Qwen3_5MoeForConditionalGeneration" and server["release"]
     assert all(".language_model." in name for name in load_file(output / WEIGHTS_FILE))
     ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()

@@ -239,12 +239,12 @@ def has_best(best):
 
 """.replace("BEST_STEP", str(BEST))
 MOMENTS = {
-    "before it": "kill(trainer.RunTrainer, '_prepare_inputs', at(11))",
+    "before it": "kill(trainer.RunTrainer, 'model_inputs', at(11))",
     "in its evaluation": f"kill(trainer.RunTrainer, '_before_batch', at({BEST}))",
     "after its evaluation": f"kill(trainer.RunTrainer, 'evaluate', at({BEST}), after=True)",
     "while it is written": "kill(callbacks.BestStep, 'save', has_best, after=True)",
-    "after it": "kill(trainer.RunTrainer, '_prepare_inputs', at(17))",
-    "after the last step": "kill(train, '_publish', lambda run: True)",
+    "after it": "kill(trainer.RunTrainer, 'model_inputs', at(17))",
+    "after the last step": "kill(run, '_publish', lambda run: True)",
 }
 """When a run is killed, in an order in which one run can be killed at all of these moments."""
 
@@ -379,7 +379,7 @@ def test_a_checkpoint_at_the_best_step(
     """A checkpoint of an earlier release, without a record of the best step, is evaluated again. Only its own files are
     read."""
     config = overfitting(tmp_path, run_config, training={"save_steps": 5, "logging_steps": 3})
-    killed(processes, f"kill(trainer.RunTrainer, '_prepare_inputs', at({BEST}))", config)
+    killed(processes, f"kill(trainer.RunTrainer, 'model_inputs', at({BEST}))", config)
     checkpoint = checkpoints(tmp_path / "out.partial")[0]
     if is_earlier_release:
         values = json.loads((checkpoint / RUN).read_text())

@@ -76,7 +76,6 @@ TRAINING: dict[str, Any] = {
     "report_to": ["tensorboard"],
     "ddp_timeout": 60,
     "activation_checkpointing": True,
-    "adapter_scale": 0.5,
 }
 MODEL: dict[str, Any] = {
     "name_or_path": "other",
@@ -218,7 +217,7 @@ def test_lora_start_from_changes_only_values(tmp_path: Path) -> None:
 
 # TrainingSection → TrainingArguments
 
-OURS = ("objective", "keep", "max_minutes", "patience", "report_to", "adapter_scale")
+OURS = ("objective", "keep", "max_minutes", "patience", "report_to")
 """Keys of the section that are not in TrainingArguments."""
 
 

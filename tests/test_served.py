@@ -54,7 +54,7 @@ NAMES: dict[str, list[str]] = {
 def test_the_table_has_the_modules_of_vllm(name: str) -> None:
     paths = [f"model.layers.0.{module}" for module in NAMES[name]]
     found = served.names_for("vllm", config(name), name, paths, "adapter")
-    assert dict(found.names) == {path: path for path in paths} and found.since
+    assert dict(found.names) == {path: path for path in paths} and found.release
     for module in NAMES[name]:
         with pytest.raises(AdapterError):
             served.names_for("vllm", config(name), name, [f"model.layers.0.other.{module}"], "adapter")
@@ -135,7 +135,7 @@ def test_an_adapter_of_a_wrapped_base_applies_in_the_wrapper(
             assert ran.code == 5 and f"{served.SERVERS[client]} is not known to apply" in cli("params", run).err
             continue
         server = json.loads(ran.out)["comparison"]["server"]
-        assert server["class"] == type(whole).__name__ and server["since"]
+        assert server["class"] == type(whole).__name__ and server["release"]
         names = load_file(out / "adapter_model.safetensors")
         assert all(".language_model." in name for name in names)
         if client == "vllm" or not LORA.get(model_type):  # PEFT stacks single experts of no wrapper
@@ -198,14 +198,14 @@ def test_a_model_that_needs_images_is_refused(tmp_path: Path, model_type: str, t
 
 
 EXPLAINED: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "llama": ("llama", {}, "loaded as LlamaForCausalLM; all names apply from vLLM 0.16.0 on", "SGLang 0.5.12 on"),
-    "other names": ("qwen3_5", {}, "vLLM 0.18.1 on, after `loratune export --to vllm`", "not applied: in SGLang"),
-    "text alone": ("qwen3_5_text", {"target_modules": ["q", "v"]}, "from vLLM 0.28.0 on", "from SGLang 0.5.18 on"),
-    "a class for text": ("mistral3", {}, "ForConditionalGeneration; all names apply from vLLM 0.20.2", "from SGLang"),
+    "llama": ("llama", {}, "loaded as LlamaForCausalLM; all names apply in vLLM 0", "all names apply in SGLang 0"),
+    "other names": ("qwen3_5", {}, ", after `loratune export --to vllm`", "not applied: in SGLang"),
+    "text alone": ("qwen3_5_text", {"target_modules": ["q", "v"]}, "apply in vLLM", "apply in SGLang"),
+    "a class for text": ("mistral3", {}, "ForConditionalGeneration; all names apply in vLLM", "in SGLang"),
     "without LoRA": ("gpt2", {}, "not applied: for this base vLLM loads GPT2LMHeadModel, and does not", "not recorded"),
     "DoRA": ("llama", {"use_dora": True}, "not applied: it is not plain LoRA", "not applied: it is not plain LoRA"),
     "experts": ("mixtral", {"target_modules": ["q"], "target_parameters": ["experts"]}, "export --to vllm", "SGLang 0"),
-    "auto": ("llama", {"r": "auto"}, "from vLLM 0.16.0 on", "from SGLang 0.5.12 on"),
+    "auto": ("llama", {"r": "auto"}, "apply in vLLM", "apply in SGLang"),
     "no such layer": ("llama", {"target_modules": ["c_attn"]}, "unknown: lora.target_modules", "unknown: lora.target"),
     "no base": ("", {}, "unknown, as the base is not on this machine", "unknown, as the base is not on this machine"),
 }  # fmt: skip
@@ -243,6 +243,7 @@ OURS = ["model.layers.3.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
         ("vllm", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "model.language_model."),
         ("vllm", "Qwen3_5ForCausalLM", "Qwen3_5ForCausalLM", "model."),
         ("sglang", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "model.language_model."),
+        ("vllm", "Starcoder2ForCausalLM", "Starcoder2ForCausalLM", "model."),
         ("vllm", None, "LlamaForCausalLM", "model."), ("vllm", "Phi3SomethingNew", "Phi3SomethingNew", "model."),
         ("vllm", "Qwen3_5ForConditionalGeneration", "Qwen9ForCausalLM", "model.language_model."),
     ],
@@ -252,7 +253,7 @@ def test_names_follow_the_class_that_the_server_loads(
 ) -> None:
     found = served.names_for(client, config(architecture), own, OURS, "adapter")
     assert dict(found.names) == {path: prefix + path.removeprefix("model.") for path in OURS}
-    assert bool(found.since) == (architecture != "Phi3SomethingNew")
+    assert bool(found.release) == (architecture != "Phi3SomethingNew")
     assert found.is_renamed == (prefix != "model.")
 
 

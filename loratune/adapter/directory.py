@@ -166,13 +166,13 @@ def _base(files: AdapterFiles) -> ModelSection:
 def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
     """The config of the run that made an adapter, with assignments to keys of its data section applied."""
     try:
-        run = config.load(path)
+        run = config.load(path, finished=True)
     except ConfigError as error:
         raise AdapterError(error.problems) from None
     if other := [assignment for assignment in assignments if not assignment.startswith("data.")]:
         what, fix = f"`{other[0]}` was decided by training", "set keys of data.* only"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix=fix))
-    return config.load(path, assignments) if assignments else run
+    return config.load(path, assignments, finished=True) if assignments else run
 
 
 def _recorded_gguf(files: AdapterFiles) -> str | None:

@@ -213,7 +213,7 @@ class Forgetting:
         change = f"by {-measured.better_by:.2f} nats per token" if math.isfinite(measured.adapter) else "beyond measure"
         return (
             f"what the base could do elsewhere has suffered, {change} on unrelated text; where that matters, set or "
-            "raise retention.kl_weight, set training.adapter_scale: auto, or lower training.learning_rate"
+            "raise retention.kl_weight, or lower training.learning_rate"
         )
 
 
@@ -378,23 +378,7 @@ def sample(
     return chosen
 
 
-def draw(split: TokenizedDataset, most: int, among: Sequence[int]) -> dict[int, float]:
-    """Draw rows of a split, as many tokens as after a long run.
-
-    Args:
-        split: The rows.
-        most: The most distinct rows.
-        among: The numbers of the items that may be drawn.
-
-    Returns:
-        As `RowSample.copies`.
-    """
-    return split.weighted(_sample(split, _SHARE * _MOST_TOKENS, among, most))
-
-
-def _sample(
-    split: TokenizedDataset, budget: int, among: Sequence[int], most: int = _MOST_ROWS, *, least: int = LEAST_TOKENS
-) -> dict[int, int]:
+def _sample(split: TokenizedDataset, budget: int, among: Sequence[int], *, least: int = LEAST_TOKENS) -> dict[int, int]:
     """Draw the rows to compare. Their tokens are limited by those of training, or by `least`, so that the comparison
     after a short run is short.
 
@@ -412,7 +396,7 @@ def _sample(
         if first not in copies:
             tokens += sum(len(row.ids) for row in rows)
             limit = max(share, budget) if len(copies) < _WANTED_ROWS else share
-            if len(copies) == most or tokens > limit:
+            if len(copies) == _MOST_ROWS or tokens > limit:
                 break
         copies[first] = copies.get(first, 0) + 1
     return dict(sorted(copies.items()))

@@ -8,7 +8,6 @@ computed from paired values here, which is more exact than two separate interval
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -119,18 +118,19 @@ def compare_metric(
     (sign, scale), lower_is_better = _SCALES[aggregation], not higher_is_better
     totals, counts = {BASE: sign * base[0], ADAPTER: sign * adapter[0]}, base[1]
     every = np.concatenate([*totals.values()])
-    interval: Callable[[Any, Any], Interval | None]
-    if aggregation == MEAN and ((every >= 0) & (every <= 1)).all():
-        differ, interval = score_difference, statistics.bounded_mean_interval
-        if np.isin(every, (0, 1)).all():
-            differ, interval = share_difference, _share
-        difference = differ(totals[BASE], totals[ADAPTER], counts, lower_is_better=lower_is_better)
+    intervals: dict[str, Interval | None]
+    if aggregation == MEAN and np.isin(every, (0, 1)).all():
+        difference = share_difference(totals[BASE], totals[ADAPTER], counts, lower_is_better=lower_is_better)
+        intervals = {model: statistics.wilson(int(own.sum()), len(own)) for model, own in totals.items()}
+    elif aggregation == MEAN and ((every >= 0) & (every <= 1)).all():
+        difference = score_difference(totals[BASE], totals[ADAPTER], counts, lower_is_better=lower_is_better)
+        intervals = {model: statistics.bounded_mean_interval(own, counts) for model, own in totals.items()}
     else:
         difference = _on_scale(totals, counts, scale, lower_is_better)
-        interval = partial(_ratio, scale=scale)
+        found = {model: statistics.mean_ratio_interval(own, counts) for model, own in totals.items()}
+        intervals = {model: _scaled(one, scale) for model, one in found.items()}
     if higher_is_better is None:
         difference = replace(difference, verdict=None, rows_needed=None)
-    intervals = {model: interval(own, counts) for model, own in totals.items()}
     return TaskMetric(values, intervals, {}, difference, len(counts))
 
 
@@ -139,14 +139,6 @@ def _table(values: Sequence[Any]) -> NDArray[np.float64] | None:
     pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
     numeric = all(len(pair) == 2 and isinstance(pair[0], int | float | np.number) and pair[1] > 0 for pair in pairs)
     return np.array(pairs, dtype=np.float64).T if pairs and numeric else None
-
-
-def _share(values: Any, counts: Any) -> Interval | None:
-    return statistics.wilson(int(sum(values)), len(values))
-
-
-def _ratio(totals: Any, counts: Any, scale: Scale) -> Interval | None:
-    return _scaled(statistics.mean_ratio_interval(totals, counts), scale)
 
 
 def _on_scale(totals: Mapping[str, Any], counts: Any, scale: Scale, lower_is_better: bool) -> Difference:

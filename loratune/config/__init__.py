@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from loratune.codes import Code
 from loratune.config import yaml_files
-from loratune.config.keys import KeyPath, dotted, groups, nearest_name, suggestion
+from loratune.config.keys import REMOVED, KeyPath, dotted, groups, nearest_name, suggestion
 from loratune.config.portability import has_one_scale as has_one_scale
 from loratune.config.portability import highest_rank as highest_rank
 from loratune.config.portability import is_plain as is_plain
@@ -35,17 +35,26 @@ from loratune.config.yaml_files import Draft as Draft
 from loratune.errors import ConfigError, Problem
 
 
-def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
+def load(path: Path, assignments: Sequence[str] = (), *, finished: bool = False) -> RunConfig:
     """Read a config file, apply `section.key=value` assignments, and validate the result.
+
+    Args:
+        path: The file.
+        assignments: The assignments.
+        finished: Whether it is that of a finished run, whose result has the effect of removed keys already.
 
     Raises ConfigError with every problem of the file.
     """
-    return load_with_lines(path, assignments)[0]
+    return load_with_lines(path, assignments, finished=finished)[0]
 
 
-def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_files.Document]:
+def load_with_lines(
+    path: Path, assignments: Sequence[str] = (), *, finished: bool = False
+) -> tuple[RunConfig, yaml_files.Document]:
     """As `load`; also returns the values as written, and the line of each."""
     document = yaml_files.read(path)
+    if finished:
+        document.values = _without_removed(document.values, finished=True)
     yaml_files.override(document, assignments)
     return _validated(document), document
 
@@ -82,10 +91,21 @@ def parse(text: str, source: str) -> RunConfig:
 
 
 def _validated(document: yaml_files.Document) -> RunConfig:
+    document.values = _without_removed(document.values)
     try:
         return RunConfig.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(translate(error, document)) from None
+
+
+def _without_removed(values: Mapping[str, Any], *, finished: bool = False) -> dict[str, Any]:
+    """The values without the keys of `REMOVED` that had no effect. finished: without all keys of `REMOVED`."""
+    kept = dict(values)
+    for place, (neutral, _) in REMOVED.items():
+        section, _, key = place.rpartition(".")
+        if isinstance(inner := kept.get(section), Mapping) and key in inner and (finished or inner[key] == neutral):
+            kept[section] = {name: value for name, value in inner.items() if name != key}
+    return kept
 
 
 def dump(config: RunConfig) -> str:
@@ -101,6 +121,7 @@ def read_earlier(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     Returns:
         The values; and `section.key` → value for keys that this release does not know.
     """
+    values = _without_removed(values)
     try:
         return RunConfig.model_validate(values).resolved(), {}
     except ValidationError as error:
@@ -232,7 +253,8 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
     where, key, value = document.where(path), dotted(path), f"got {kind_of(details['input'])}"
     kind, error = details["type"], details.get("ctx", {}).get("error")
     if group[0]["type"] == "extra_forbidden":
-        return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, suggestion(path))
+        what = "this key was removed" if key in REMOVED else "unknown key"
+        return Problem(Code.CONFIG_UNKNOWN_KEY, what, where, key, suggestion(path))
     if group[0]["type"] == "missing":
         return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
     if isinstance(error, InvalidSettingError) and error.keys:

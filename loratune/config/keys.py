@@ -61,7 +61,6 @@ MEMORY_AND_TIME = {
     "training.save_steps": "each checkpoint writes the trained weights and the states of the optimizer to disk",
     "training.eval_steps": "each evaluation is a forward pass over all validation rows",
     "training.keep": "best keeps another copy of the trained weights in host memory",
-    "training.adapter_scale": "at the end: auto takes at most nine passes over 100 rows; if not 1, one more evaluation",
     "training.activation_checkpointing": "keeps activations of one layer at a time; adds a forward pass to each step",
     "retention.kl_weight": "above 0: texts beside the rows of a step, about a fifth of their tokens, and some memory",
     "retention.num_samples": "only at the start, when they are written; kept in the cache for later runs of the base",
@@ -74,7 +73,7 @@ _AUTO = (
     "model.dtype", "model.use_liger_kernel", "lora.r", "lora.lora_alpha", "lora.target_modules",
     "data.sample_by", "data.format", "data.truncation", "data.share_prefixes",
     "training.learning_rate", "training.num_train_epochs", "training.warmup_steps", "training.lr_scheduler_type",
-    "training.adapter_scale", "retention.kl_weight", "retention.num_samples",
+    "retention.kl_weight", "retention.num_samples",
 )  # fmt: skip
 _NULL = ("model.attn_implementation", "preferences.beta", "training.eval_steps", "training.keep")
 DECIDED_BY_RUN = dict.fromkeys(_AUTO, "auto") | dict.fromkeys(_NULL, "null") | {"training.max_steps": "-1"}
@@ -113,6 +112,14 @@ _OTHER_NAMES = {
 }
 OTHER_NAMES = {other: own for own, others in _OTHER_NAMES.items() for other in others.split()}
 """Name of a key in other tools → its name here."""
+
+REMOVED = {
+    "training.adapter_scale": (
+        1,
+        "scale the trained adapter: `--adapter-scale` of evaluate, generate, merge and export",
+    ),
+}
+"""Key of earlier releases → the value with which it did nothing, and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +348,10 @@ def nearest_name(word: str, choices: list[str], cutoff: float = 0.5) -> str:
 
 
 def suggestion(path: KeyPath) -> str:
-    """The fix for an unknown key: the key with that name in another tool, a similar sibling, or a key elsewhere."""
+    """The fix for an unknown key: what replaces a removed one, or else the key with that name in another tool, a
+    similar sibling, or a key elsewhere."""
+    if dotted(path) in REMOVED:
+        return REMOVED[dotted(path)][1]
     name, keys = str(path[-1]).lower(), list(known_keys())
     section = tuple(part for part in path[:-1] if isinstance(part, str))  # without list indices
     siblings = [str(key[-1]) for key in keys if key[:-1] == section]

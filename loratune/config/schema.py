@@ -39,14 +39,6 @@ PREFERENCE_KEYS = {
 }
 """Key of the section `preferences` → the objectives that use it."""
 
-_NO_PRODUCT = {
-    "use_dora": "the magnitudes of DoRA",
-    "bias": "trained biases",
-    "modules_to_save": "modules that are trained whole",
-    "trainable_token_indices": "embeddings of tokens that are trained whole",
-}
-"""Key of the section `lora` → what it trains besides products B·A, which `training.adapter_scale` cannot multiply."""
-
 
 class ModelSection(Section):
     """The base model, its dtype and quantization, and the implementation of its layers."""
@@ -142,11 +134,6 @@ class TrainingSection(Section):
         1800, gt=0, le=10**7, description="seconds that processes wait for each other before the run ends"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    adapter_scale: Annotated[float, Field(ge=0.01, le=2)] | Auto = Field(
-        1.0,
-        description="number that the trained update is multiplied by; auto: lowered in tenths, to 0.3 at least, "
-        "as long as at most 1 % of the gain on validation rows is lost, by a 95 % interval",
-    )
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         if self.max_steps == 0:
@@ -221,7 +208,6 @@ class RunConfig(Section):
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         yield from self._row_conflicts()
         yield from self._objective_conflicts()
-        yield from self._scale_conflicts()
         init, quantization = self.lora.init_lora_weights, self.model.quantization
         keys = "lora.init_lora_weights", "model.quantization"
         if quantization != "none" and str(init).startswith(("pissa", "olora", "orthogonal")):
@@ -269,23 +255,6 @@ class RunConfig(Section):
             held = "; preferences.sft_weight keeps chosen answers probable"
             fix = f"leave replay out{held if objective in PREFERENCE_KEYS['sft_weight'] else ''}"
             yield InvalidSettingError(message, "data.replay", "training.objective", fix=fix)
-
-    def _scale_conflicts(self) -> Iterator[InvalidSettingError]:
-        key, scale, init = "training.adapter_scale", self.training.adapter_scale, str(self.lora.init_lora_weights)
-        if scale == AUTO and self.data.validation is None:
-            message, fix = "there are no rows to choose the scale on", "set data.validation, or give it as a number"
-            yield InvalidSettingError(message, key, "data.validation", fix=fix)
-        if scale == 1:
-            return
-        fix = "leave adapter_scale at 1"
-        for name, what in _NO_PRODUCT.items():
-            if name in self.lora.model_dump(exclude_defaults=True):
-                message = f"the scale multiplies products B·A, and not {what}"
-                yield InvalidSettingError(message, key, f"lora.{name}", fix=fix)
-        if init.startswith(("pissa", "olora")):
-            message = f"the scale multiplies the trained B·A, and not the part that {init} takes out of the base"
-            fix += "; the published adapter is plain LoRA, which --adapter-scale scales"
-            yield InvalidSettingError(message, key, "lora.init_lora_weights", fix=fix)
 
     @property
     def has_retention(self) -> bool:

@@ -160,7 +160,11 @@ def _export_plain(
             renamed(adapter, served, meta).write(staging)
             base, python = source.base.name_or_path, options.runs_vllm
             result = vllm.compare(python, base, staging, adapter.rank, answers, str(source.path)) if answers else None
-            metrics["server"] = {"class": served.architecture, "since": served.since, "run": result and asdict(result)}
+            metrics["server"] = {
+                "class": served.architecture,
+                "release": served.release,
+                "run": result and asdict(result),
+            }
             in_server = f"{served}; {result or f'not run: {not_run}'}"
         details |= {"comparison": metrics, "chat": source.chat, "fingerprints": {"base": fingerprint}}
         details |= {SYSTEM: source.system} if source.system else {}

@@ -1,15 +1,15 @@
-"""The names that LoRA keys need in vLLM and SGLang, and the releases from which they apply.
+"""The names that LoRA keys need in the newest release of vLLM and SGLang, and what is ignored there.
 
 A server loads the class that config.json of the base names. For many bases that is a model of text and images, in which
 the modules of the language model have other names than in the language model alone, on which the adapter was trained.
 vLLM renames keys by a mapping of the class, and ignores those that address no module, without an error; SGLang only
 compares the layer and the last part of a name. `served_modules.json` records, for each class, the mapping and the names
-that keys may address, as `scripts/record_servers.py` reads them from the source of releases.
+that keys may address, as `scripts/record_servers.py` reads them from the source of the newest release.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -46,21 +46,18 @@ class Served:
         client: A key of `SERVERS`.
         architecture: The class that the server loads for the base.
         names: Path of a module in our base → its path in the keys for the server.
-        since: The first recorded release that applies all keys; empty if the class is not in the table.
+        release: The release that applies all keys; empty if the class is not recorded.
     """
 
     client: str
     architecture: str
     names: Mapping[str, str]
-    since: str
+    release: str
 
     def __str__(self) -> str:
-        if not self.since:
-            return (
-                f"loaded as {self.architecture}, whose names are not recorded: whether it applies all was not checked"
-            )
-        oldest = " (the oldest recorded release)" if self.since == releases(self.client)[0] else ""
-        return f"loaded as {self.architecture}; all names apply from {SERVERS[self.client]} {self.since} on{oldest}"
+        if self.release:
+            return f"loaded as {self.architecture}; all names apply in {SERVERS[self.client]} {self.release}"
+        return f"loaded as {self.architecture}, whose names are not recorded: whether it applies all was not checked"
 
     @property
     def is_renamed(self) -> bool:
@@ -74,16 +71,10 @@ def _table() -> dict[str, Any]:
     return table
 
 
-def releases(client: str) -> tuple[str, ...]:
-    """The recorded releases of a server, oldest first."""
-    return tuple(_table()[client]["releases"])
-
-
 def names_for(client: str, config: Any, own: str, paths: Iterable[str], where: str) -> Served:
     """The names of modules in the keys for a server.
 
-    Of the spellings that the newest recorded release applies, the one that applies since the earliest release is
-    chosen, and if several do, that of transformers' own class of this architecture.
+    Of several spellings that it applies, that of transformers' own class of this architecture is chosen.
 
     Args:
         client: A key of `SERVERS`.
@@ -97,24 +88,21 @@ def names_for(client: str, config: Any, own: str, paths: Iterable[str], where: s
             recorded and differ from ours.
     """
     name, paths, server = str((config.architectures or [own])[0]), tuple(paths), SERVERS[client]
-    is_own, newest = name == own, len(releases(client)) - 1
-    entry = _entry(client, name, config, newest)
-    if not entry and is_own:
+    is_own, entry = name == own, _entry(client, name, config)
+    if entry is None and is_own:
         return Served(client, name, {path: path for path in paths}, "")
-    if not {"modules", "own"} & entry.keys():
-        known = "does not serve it with LoRA" if entry else "calls its modules by names that are not recorded"
+    if not entry:
+        known = "calls its modules by names that are not recorded" if entry is None else "does not serve it with LoRA"
         raise _unserved(f"for this base {server} loads {name}, and {known}", where)
     spellings = [{path: _spelled(path, prefix) for path in paths} for prefix in _PREFIXES]
     spellings.insert(0 if is_own else 3, {path: path for path in paths})
-    entries = [_entry(client, name, config, number) for number in range(newest + 1)]
-    found = [(_since(client, entries, spelling.values()), spelling) for spelling in spellings]
-    applied = [(number, spelling) for number, spelling in found if number is not None]
-    if not applied:
-        missing = [path for path in paths if not any(_applies(client, entry, one[path]) for one in spellings)]
-        what = f"in {server}, {name} has no {join_first(missing or list(paths), 3)}, and keys for it would be ignored"
-        raise _unserved(what, where)
-    number, spelling = min(applied, key=lambda pair: pair[0])
-    return Served(client, name, spelling, releases(client)[number])
+    for spelling in spellings:
+        kinds = {pattern(name): name for name in spelling.values()}.values()  # one of each layer
+        if all(_applies(client, entry, kind) for kind in kinds):
+            return Served(client, name, spelling, _table()[client]["release"])
+    missing = [path for path in paths if not any(_applies(client, entry, one[path]) for one in spellings)]
+    what = f"in {server}, {name} has no {join_first(missing or list(paths), 3)}, and keys for it would be ignored"
+    raise _unserved(what, where)
 
 
 def servers(config: Any, own: str, paths: Iterable[str]) -> dict[str, Served | str]:
@@ -150,33 +138,19 @@ def _spelled(path: str, prefix: str) -> str:
     return re.sub(_OUTER, prefix, path)
 
 
-def _entry(client: str, name: str, config: Any, number: int) -> dict[str, Any]:
-    """What is recorded of a class in a release, by the number of the release; empty if there is nothing.
+def _entry(client: str, name: str, config: Any) -> dict[str, Any] | None:
+    """What is recorded of a class: empty if it is served without LoRA; None if nothing is.
 
     With the names inside a language model whose class follows from the configuration of the base.
     """
-    entry = _recorded(client, name, number)
-    if "text" not in entry:
+    classes = _table()[client]["classes"]
+    entry: dict[str, Any] | None = classes.get(name)
+    if not entry or "text" not in entry:
         return entry
     text = config.get_text_config()
     inner = (text.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)])[0]
-    modules = _recorded(client, str(inner), number).get("modules", ())
+    modules = classes.get(str(inner), {}).get("modules", ())
     return entry | {"modules": [*entry["modules"], *(f"{entry['text']}.{module}" for module in modules)]}
-
-
-def _recorded(client: str, name: str, number: int) -> dict[str, Any]:
-    entries, known = _table()[client]["classes"].get(name, ()), releases(client)[: number + 1]
-    return next((entry for entry in reversed(entries) if entry["since"] in known), {})
-
-
-def _since(client: str, entries: Sequence[Mapping[str, Any]], names: Iterable[str]) -> int | None:
-    """The first of the newest releases that apply all names; None if the newest does not. entries: of each release."""
-    kinds, first = {pattern(name): name for name in names}.values(), None
-    for number in reversed(range(len(entries))):
-        if not all(_applies(client, entries[number], name) for name in kinds):
-            break
-        first = number
-    return first
 
 
 def _applies(client: str, entry: Mapping[str, Any], name: str) -> bool:
@@ -187,19 +161,15 @@ def _applies(client: str, entry: Mapping[str, Any], name: str) -> bool:
         return any(".experts" in module for module in entry["modules"])
     if client == "sglang":
         return last(name) in map(last, entry["modules"])
-    if name.endswith(_STACKED) and not _has_stacked_experts(entry):
+    if name.endswith(_STACKED) and entry.get("experts") != "3d":
         return False
     name = pattern(_renamed(name + _SUFFIX, entry.get("rename", {})).removesuffix(_SUFFIX))
     return name in entry["modules"] or re.sub(r"\.experts\..*", ".experts", name) in entry["modules"]
 
 
 def reads_stacked_experts(architecture: str) -> bool:
-    """Whether the newest recorded release of vLLM reads A and B of experts of a class as PEFT stores them."""
-    return _has_stacked_experts(_recorded("vllm", architecture, len(releases("vllm")) - 1))
-
-
-def _has_stacked_experts(entry: Mapping[str, Any]) -> bool:
-    return entry.get("experts") == "3d"
+    """Whether vLLM reads A and B of experts of a class as PEFT stores them."""
+    return bool(_table()["vllm"]["classes"].get(architecture, {}).get("experts") == "3d")
 
 
 def _renamed(key: str, renames: Mapping[str, Mapping[str, str]]) -> str:

@@ -90,7 +90,8 @@ class AdapterInit:
     def has_changed(self, state: Mapping[str, torch.Tensor]) -> bool:
         """Whether training changed any B by more than rounding: every update of the base goes through B."""
         least = 1e-10  # the first step of Adam has the size of the learning rate
-        steps = (tensor - self.tensors[name].to(tensor) for name, tensor in state.items() if _is_b(name))
+        ours = {name: tensor for name, tensor in state.items() if "lora_B" in name or "lora_embedding_B" in name}
+        steps = (tensor - self.tensors[name].to(tensor) for name, tensor in ours.items())
         return any(step.abs().max() > least for step in steps)
 
 
@@ -110,15 +111,6 @@ def full_weights(model: PeftModel) -> Weights:
     """`weights` as whole tensors. If they are sharded, all processes must call this."""
     with _gathered(model):
         return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
-
-
-def with_scale(state: Mapping[str, torch.Tensor], scale: float) -> Weights:
-    """The tensors of an adapter whose update is multiplied by a number: every B is."""
-    return {name: tensor * scale if _is_b(name) else tensor for name, tensor in state.items()}
-
-
-def _is_b(name: str) -> bool:
-    return "lora_B" in name or "lora_embedding_B" in name
 
 
 def dense(model: PeftModel, where: str, *, merged: bool) -> Any:

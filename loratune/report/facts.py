@@ -270,8 +270,6 @@ def _held_out(record: RunRecord, keeps_last: bool) -> Tile:
         note = f"kept at step {metrics['kept_step']:,.0f}"
         if metrics.get("evaluations", 0) > 1 and not keeps_last:
             note += f": lowest of {metrics['evaluations']:,.0f}, so optimistic"
-    if metrics.get("adapter_scale", 1) != 1:
-        note += f"; at adapter scale {metrics['adapter_scale']:g}"
     value, interval = f"{metrics['held_out_loss']:.4f}", _interval(record, "held_out_interval")
     return Tile(f"held-out loss{_per(record)}", value, interval + note)
 

@@ -149,7 +149,7 @@ class Sweep:
         """The settings common to all trials of the study, and the keys that vary."""
         places = (key.removesuffix(".path") for key in path_keys())
         run = self.run.config
-        added = {"retention": run.retention.kl_weight != 0, "training.adapter_scale": run.training.adapter_scale != 1}
+        added = {"retention": run.retention.kl_weight != 0}
         added |= {"data.prompt_loss_weight": run.data.prompt_loss_weight > 0, "data.stride": run.data.stride > 0}
         added |= {"data.reasoning": run.data.reasoning != "train", "data.sample_by": run.data.sample_by != AUTO}
         unused = [name for name, is_set in added.items() if not is_set]  # which earlier studies do not have

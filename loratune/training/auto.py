@@ -344,9 +344,8 @@ def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSectio
 
 
 _SECTIONS: dict[str, type[Section]] = {"lora": LoraSection, "training": TrainingSection, "retention": RetentionSection}
-_LATER = "training.adapter_scale"
-_DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO and key != _LATER]
-"""Section and name of each key that can be `auto`, except the one that is decided after the last step."""
+_DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO]
+"""Section and name of each key that can be `auto`."""
 _OTHERS = ("data", "truncation"), ("model", "use_liger_kernel")
 _KEPT = [key for key in _DECIDED if key[0] in _SECTIONS or key in _OTHERS]
 """Those that a resumed run keeps; `data.truncation` of an earlier release that had no `auto`, and cut texts."""

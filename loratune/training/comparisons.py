@@ -14,7 +14,7 @@ import numpy as np
 from loratune.compare import behavior, exact, gain
 from loratune.compare.gain import RowSample
 from loratune.compare.verdict import SHORT, label_of
-from loratune.config import AUTO, RunConfig
+from loratune.config import RunConfig
 from loratune.data import TokenizedDataset
 from loratune.data.rendering.spans import TokenizedRow
 
@@ -42,7 +42,7 @@ def choosing(rows: TokenizedDataset, run: RunConfig) -> frozenset[int]:
     than `LEAST_TO_JUDGE`; then all rows do both.
     """
     training = run.training
-    if not (run.keeps_best or training.patience is not None or training.adapter_scale == AUTO):
+    if not (run.keeps_best or training.patience is not None):
         return frozenset()
     groups, owners = rows.copies(), rows.rows.owners
     owner = {first: first if owners is None else int(owners[first]) for first in groups}
@@ -60,7 +60,7 @@ class Comparisons:
     Attributes:
         rows: The rows by which the adapter is judged.
         judged_apart: Whether these are validation rows, and other ones choose the step.
-        chose: Whether these rows also choose the step that is kept, or the scale.
+        chose: Whether these rows also choose the step that is kept.
         answers: Whether their answers are short, so that right ones are counted.
         majority: The tokens of the most frequent answer of the training rows; None if answers are not labels.
         left_out: What is not compared, as there is no room for it.
@@ -104,7 +104,7 @@ def decide(
         tokens: Tokens that the run will read.
         costs: Part → the tokens that it reads, in the order of what decides, see `costs`.
         least: The tokens that may be read even after a short run, see `affordable`.
-        selects: Whether validation rows choose among several steps or scales.
+        selects: Whether validation rows choose among several steps.
     """
     of_rows = min(gain.LEAST_TOKENS, least // 8)
     rows = gain.sample(splits, tokens, least=of_rows, left_out=chooses if selects else ())

@@ -162,7 +162,7 @@ def _without_rows(run: RunConfig) -> tuple[RunConfig, AdapterFiles | None]:
 
 
 def servers(run: RunConfig) -> dict[str, str]:
-    """Server → from which release on it applies the adapter of a config, or why it does not.
+    """Server → the release that applies the adapter of a config, or why it does not.
 
     Only the configuration of the base is read, if it is on this machine.
     """

@@ -141,7 +141,7 @@ class Plan:
     @cached_property
     def comparisons(self) -> Comparisons:
         """What is compared after the last step."""
-        evaluations, is_scaled = self.evaluations, self.config.training.adapter_scale == AUTO
+        evaluations = self.evaluations
         stops = self.config.keeps_best or self.training.patience is not None
         selects = stops and evaluations is not None and evaluations.count > 1
         instructions: list[behavior.Ids] = []
@@ -150,7 +150,7 @@ class Plan:
         costs = comparisons.costs(self.datasets.unrelated.rows, instructions)
         least = comparisons.affordable(self.count.total, on_accelerator=self.model.device.type != "cpu")
         return comparisons.decide(
-            self.datasets.compared, self.batches.chooses, self.tokens, costs, least=least, selects=selects or is_scaled
+            self.datasets.compared, self.batches.chooses, self.tokens, costs, least=least, selects=selects
         )
 
     @cached_property

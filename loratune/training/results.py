@@ -38,7 +38,6 @@ from loratune.training.checkpoints.store import BestRecord
 from loratune.training.comparisons import SAMPLE_TOKENS, SAMPLES
 from loratune.training.plan import Plan
 from loratune.training.reference import base_results
-from loratune.training.scale import AdapterScale
 
 _NO_ROOM = "the run is short for so large a model"
 _FEW_STEPS, _MOST_PASSES, _USUAL_PASSES = 100, 8, 4
@@ -81,12 +80,11 @@ class TrainedAdapter:
         tokens_per_second: Tokens per second in steps, without evaluations and checkpoints; None if there was no step.
         curve: The trainer's logs with a loss or a held-out loss, see `thinned`.
         weights: The adapter's whole tensors; empty until they are compared with the base.
-        scale: The number that the update was multiplied by after the last step; all results below are after that.
         verdict: The verdict on it; this and the following fields are None until they are measured.
         gain: The gain over the base.
         answers: How many held-out answers are right; None where answers are long, or no rows are held out.
         advice: What to try next, if it is not clearly better.
-        looks: How many steps and scales the rows of the verdict have chosen from; 1 if they chose nothing.
+        looks: How many steps the rows of the verdict have chosen from; 1 if they chose nothing.
         judged_apart: Whether the rows of the verdict are other validation rows than those that chose the step.
         leaked: Whether some validation rows are also training rows.
         samples: Held-out prompts with the answers of base and adapter.
@@ -110,7 +108,6 @@ class TrainedAdapter:
     tokens_per_second: float | None
     curve: list[dict[str, float]]
     weights: Weights = field(default_factory=dict)
-    scale: AdapterScale = field(default_factory=AdapterScale)
     verdict: Name | None = None
     gain: Gain | None = None
     answers: Answers | None = None
@@ -146,14 +143,13 @@ class TrainedAdapter:
             return self.gain.adapter
         best = self.evaluations.loss if self.evaluations and self.config.keeps_best else None
         last = next(reversed(self.losses("eval_loss")), None)
-        return next((loss for loss in (self.scale.held_out, best, last) if loss is not None), None)
+        return last if best is None else best
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
         """The results on rows that the adapter was not trained on, as labels and texts."""
         return [
             *self._evaluation_lines(),
-            *self.scale.lines,
             *([("test", str(self.test))] if self.test else []),
             *(self.preferences.lines() if self.preferences else ()),
         ]
@@ -166,7 +162,6 @@ class TrainedAdapter:
         text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
         if interval := self._held_out_interval():
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
-        text += self.scale.remark
         if self.judged_apart:
             text += " on rows that did not choose the step"
             if self.config.keeps_best:
@@ -241,7 +236,6 @@ class TrainedAdapter:
             "tokens_per_second": self.tokens_per_second,
             "held_out_interval": interval.to_dict() if interval else None,
         }
-        metrics |= self.scale.to_dict()
         named = {
             "gain": self.gain, "answers": self.answers, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
             "behavior": self.behavior, "preferences": self.preferences, "test": self.test,
@@ -301,10 +295,10 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         raise diverged_error(problem, plan.checkpoints, trained.steps)
     looks = 1
     if compared.chose:
-        looks = max(1, trained.evaluations.evaluations if trained.evaluations else 1) + trained.scale.tried
+        looks = max(1, trained.evaluations.evaluations if trained.evaluations else 1)
     answers = _compare_answers(plan, base, looks) if compared.answers else None
     decided = verdict.decide(comparison, answers, looks=looks)
-    if trained.scale.value == 1 and not plan.adapter_init.has_changed(weights):
+    if not plan.adapter_init.has_changed(weights):
         decided = "learned nothing"
     return replace(
         trained,

@@ -24,7 +24,7 @@ from loratune.model.upstream import quiet_transformers
 from loratune.system import environment, signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import reference, results, scale, time_budget, trainer
+from loratune.training import reference, results, time_budget, trainer
 from loratune.training.checkpoints.run_dir import PUBLISH_WORSE
 from loratune.training.checkpoints.store import MOST_CHECKPOINTS
 from loratune.training.plan import Plan, make_plan
@@ -103,7 +103,6 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
                 emit(plan.event())
             trained = trainer.fit(plan, stop, oom_dry_run=scarce and not is_timed)
     stop.check()  # A signal can arrive after the trainer's last check.
-    trained = replace(trained, scale=scale.apply(plan, trained.held_out_loss))
     trained = results.compare_with_base(plan, trained)
     if trained.verdict in verdict.REFUSED and not allow_worse:
         _reject(plan, trained)
@@ -182,7 +181,7 @@ def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     try:
         with explain_full_disk("the adapter directory", size, directory.partial, "make room, then --resume"):
             directory.create_staging()
-            unchanged, init = trained.scale.value != 1 or trained.verdict == "learned nothing", plan.adapter_init
+            unchanged, init = trained.verdict == "learned nothing", plan.adapter_init
             size = attach.save(plan.model, directory.staging, init, trained.weights, unchanged=unchanged)
             _write_descriptions(plan, trained)
             for path in directory.publish():

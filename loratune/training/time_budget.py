@@ -27,7 +27,7 @@ from loratune.errors import ConfigError, Problem
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.text import format_duration, plural
-from loratune.training import auto, scale, trainer
+from loratune.training import auto, trainer
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import READ, WITH_MISMATCHED, Costs, Speed, seconds_per_operation, step_seconds
 from loratune.training.plan import Plan
@@ -298,7 +298,6 @@ def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Scoring]:
     if isinstance(objective, PreferenceObjective):
         rows = datasets.validation or datasets.train
         yield rows, range(rows.items if datasets.validation else min(rows.items, MOST_COMPARED)), objective
-    yield from scale.passes(plan)
     if datasets.test is not None:
         yield datasets.test, [*datasets.test.copies()], objective
 

@@ -78,7 +78,7 @@ def scale_learning_rates(optimizer: Any, scheduler: Any, factor: float) -> None:
         rates[:] = [rate * factor for rate in rates]
 
 
-_OWN_KEYS = {"adapter_scale", "keep", "max_minutes", "objective", "patience", "report_to"}
+_OWN_KEYS = {"keep", "max_minutes", "objective", "patience", "report_to"}
 """Keys of the section that are not arguments of upstream's, or are passed in another way."""
 
 

@@ -17,7 +17,7 @@ from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, Checkp
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
     "training.logging_steps", "training.save_steps", "training.eval_steps", "training.keep", "training.patience",
-    "training.activation_checkpointing", "training.adapter_scale",
+    "training.activation_checkpointing",
     "training.per_device_train_batch_size", "training.gradient_accumulation_steps",
     "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "data.test", "data.chat_template",
     "model.name_or_path", "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
