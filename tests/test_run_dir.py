@@ -113,13 +113,6 @@ def empty_directory(tmp_path: Path) -> Refusal:
     return other_files("deeper/thesis/")
 
 
-def notebook(tmp_path: Path) -> Refusal:
-    place = adapter(tmp_path / "out") / ".ipynb_checkpoints"
-    place.mkdir()
-    (place / "thesis-checkpoint.ipynb").write_text("precious")
-    return other_files(".ipynb_checkpoints/thesis-checkpoint.ipynb")
-
-
 def of_the_trainer(tmp_path: Path) -> Refusal:
     (
         adapter(tmp_path / "out", "checkpoint-5/optimizer.pt", "trainer_state.json", "rng_state.pth") / "loratune.json"
@@ -154,7 +147,6 @@ HELD: dict[str, Callable[[Path], Refusal]] = {
         repository,
         own_repository,
         empty_directory,
-        notebook,
         foreign_link,
         foreign_pipe,
         damaged_record,
@@ -198,7 +190,6 @@ def test_overwrite_replaces_the_files_of_an_adapter(cli: Cli, run_config: MakeCo
 DROPPINGS = (
     ".DS_Store", "._adapter_config.json", "deeper/Thumbs.db", "desktop.ini", ".gitattributes",
     ".cache/huggingface/download/README.md.metadata", ".cache/huggingface/.gitignore",
-    ".ipynb_checkpoints/README-checkpoint.md", "deeper/.ipynb_checkpoints/words-checkpoint.txt",
 )  # fmt: skip
 
 

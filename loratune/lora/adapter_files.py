@@ -18,7 +18,7 @@ from loratune.events import progress
 from loratune.lora.adapter_config import CONFIG_FILE as CONFIG_FILE
 from loratune.lora.adapter_config import AdapterConfig, check_values
 from loratune.system.directories import RECORD
-from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, notebook_original, sha256, state
+from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, sha256, state
 from loratune.text import shell_word
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _READ_SUFFIXES = (
 )  # fmt: skip
 """Suffixes of files that transformers, tokenizers or PEFT read, apart from vocabularies and merges. If there are
 safetensors weights, they read no pickles."""
-_IGNORED_DIRECTORIES = (".git", ".cache")  # of git and of the hub's client; no library reads there
+_IGNORED_DIRECTORIES = (".git", ".cache", ".ipynb_checkpoints")  # no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 
 _CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, where it was trained"
@@ -158,7 +158,7 @@ def _states(directory: Path) -> _States:
         names = {path.relative_to(directory).as_posix(): path for path in _walk(directory)}
     except OSError:
         return {}
-    listed = ((name, path) for name, path in names.items() if name != "README.md" and not _is_incidental(name))
+    listed = ((name, path) for name, path in names.items() if name != "README.md" and not is_incidental_file(name))
     return {name: state(path) for name, path in listed if path.is_file()}
 
 
@@ -202,12 +202,9 @@ def manifest(directory: Path) -> dict[str, str]:
     Names are relative to the directory, with `/`. Records of older releases list only files directly in the directory.
     """
     files = {path.relative_to(directory).as_posix(): path for path in _walk(directory) if path.is_file()}
-    return {name: _digest(path) for name, path in files.items() if name not in _UNLISTED and not _is_incidental(name)}
-
-
-def _is_incidental(name: str) -> bool:
-    """Whether an operating system or Jupyter has left the file, which no library reads."""
-    return is_incidental_file(name) or notebook_original(name) is not None
+    return {
+        name: _digest(path) for name, path in files.items() if name not in _UNLISTED and not is_incidental_file(name)
+    }
 
 
 def _walk(directory: Path) -> Iterator[Path]:

@@ -73,13 +73,8 @@ def scan(directory: Path, is_own: IsOwn, is_own_directory: IsOwn = lambda _: Fal
     Raises:
         OSError: Something cannot be read.
     """
-
-    def belongs(name: str) -> bool:
-        original = files.notebook_original(name)
-        return is_own(name) or files.is_incidental_file(name) or (original is not None and is_own(original))
-
     names, directories = _entries(directory)
-    own = {name for name in names if belongs(name)}
+    own = {name for name in names if is_own(name) or files.is_incidental_file(name)}
     expected = {name for name in directories if is_own_directory(name) or files.is_incidental_directory(name)}
     parents = {".", *expected, *(str(parent) for name in own | expected for parent in PurePosixPath(name).parents)}
     foreign = [f"{name}/" for name in directories if name not in parents and _parent(name) in parents]

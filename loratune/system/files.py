@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import time
@@ -34,7 +33,6 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 _INCIDENTAL_NAMES = frozenset({".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"})
 _TEMPLATES = "additional_chat_templates/"  # transformers reads every file in it that ends in .jinja
-_NOTEBOOK_COPY = re.compile(r"(?P<place>(?:.*/)?)\.ipynb_checkpoints/(?P<stem>[^/]+)-checkpoint(?P<ending>\.[^./]+)?")
 
 
 def path_problem(path: str) -> str:
@@ -262,13 +260,7 @@ def is_incidental_file(name: str) -> bool:
 
 def is_incidental_directory(name: str) -> bool:
     """Whether an empty directory of this name is one that they leave, see `is_incidental_file`."""
-    return name == ".cache" or f"{name}/".startswith(".cache/huggingface/") or name.endswith(".ipynb_checkpoints")
-
-
-def notebook_original(name: str) -> str | None:
-    """The file that Jupyter keeps a copy of under this name; None if the name is not that of such a copy."""
-    match = _NOTEBOOK_COPY.fullmatch(name)
-    return f"{match['place']}{match['stem']}{match['ending'] or ''}" if match else None
+    return name == ".cache" or f"{name}/".startswith(".cache/huggingface/")
 
 
 def contains(directory: Path, path: Path) -> bool:
