@@ -305,7 +305,7 @@ def test_a_worse_adapter_is_not_published(cli: Callable[..., Ran], run_config: M
     assert not (tmp_path / "out").exists()
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
     kept = tree(tmp_path / "out.partial")
-    assert json.loads(kept["ended"]).keys() == {"schema_version", "step", "verdict", "told"}
+    assert json.loads(kept["ended"]).keys() == {"schema_version", "step", "verdict", "headline"}
     publish = (
         "publish it with --resume --allow-worse, or start afresh with --overwrite and another training.learning_rate"
     )

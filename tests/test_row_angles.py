@@ -1,7 +1,6 @@
 """Rows on both sides of a length at which a model switches its rotary frequencies are computed as each alone."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from loratune import kernels
 from loratune.adapter import generation, padding
 from loratune.adapter.generation import LoadedAdapter, SharedPrompts
 from loratune.adapter.options import Sampling
-from loratune.compare import behavior, harness
+from loratune.compare import behavior
 from loratune.compare.engine import Engine
 from loratune.config import DataSection
 from loratune.data.batches import flatten, pad, padding_refusal
@@ -375,10 +374,10 @@ def adapter(base: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> P
     return path / "out"
 
 
-def test_answers_and_tasks_are_those_of_stock_transformers_row_by_row(
+def test_answers_are_those_of_stock_transformers_row_by_row(
     base: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The harness pads without a mask, so it gets rows beyond a limit one by one."""
+    """Prompts on both sides of a limit, in one batch."""
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     ours = loratune.Adapter(adapter)
     prompts = [
@@ -388,18 +387,6 @@ def test_answers_and_tasks_are_those_of_stock_transformers_row_by_row(
         tokenizer.decode(uncached(stock, tokenizer(prompt).input_ids), skip_special_tokens=True) for prompt in prompts
     ]
     assert ours.generate(prompts, max_new_tokens=NEW) == expected
-    with harness.contained():
-        model = harness._HarnessedModel(ours.opened.loaded.default, "adapter", sys.stderr)
-        asked: list[Any] = [SimpleNamespace(args=(row["prompt"].rstrip(), row["completion"])) for row in TRAIN]
-        found = [nats for nats, _ in model.loglikelihood(asked)]
-        asked = [SimpleNamespace(args=(prompt, {"until": ["\0"], "max_gen_toks": NEW})) for prompt in prompts]
-        assert model.generate_until(asked) == expected
-    for row, nats in zip(TRAIN, found, strict=True):
-        ids, answer = tokenizer(row["prompt"].rstrip()).input_ids, tokenizer(row["completion"]).input_ids
-        logits = logits_alone(stock, [*ids, *answer])[len(ids) - 1 : -1]
-        assert nats == pytest.approx(
-            -float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")), rel=1e-4
-        )
 
 
 def test_a_division_of_pairs_changes_nothing(base: Path, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
