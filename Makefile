@@ -2,16 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-MODEL := models/SmolLM2-135M-Instruct
-ADAPTER := quickstart-adapter
 
 .PHONY: quickstart test test-all test-oldest test-latest gpu-dry lint types unit unit-all release bench clean
 
-quickstart: .venv/quickstart.stamp
-	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
-	$(BIN)/loratune train configs/quickstart/config.yaml --overwrite
-	$(BIN)/loratune evaluate --adapter $(ADAPTER) --data configs/quickstart/eval.jsonl
-	$(BIN)/loratune generate --adapter $(ADAPTER) --base --max-new-tokens 16 --input configs/quickstart/demo.jsonl
+quickstart: .venv/base.stamp
+	$(BIN)/loratune quickstart --overwrite
 
 test: lint types unit
 
@@ -25,7 +20,7 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 # Tests are shared out among processes of one thread each, and whoever is done takes from the others.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 20
 
 unit: .venv/dev.stamp
 	$(PYTEST) -m "not slow"
@@ -72,15 +67,17 @@ $(GPU_DRY)/installed: pyproject.toml
 	touch $@
 
 # Hours, on a machine that does nothing else; BENCH="--sets natural --rounds 1" makes it less.
-bench: .venv/quickstart.stamp
+bench: .venv/base.stamp
 	$(BIN)/python scripts/bench.py $(BENCH)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/%.stamp: pyproject.toml .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+.venv/base.stamp: EXTRAS :=
+.venv/dev.stamp: EXTRAS := [dev]
+.venv/%.stamp: pyproject.toml scripts/tested.txt .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/tested.txt --editable '.$(EXTRAS)'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-latest .venv-release dist $(ADAPTER) $(ADAPTER).partial .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-latest .venv-release dist quickstart .mypy_cache .ruff_cache .pytest_cache

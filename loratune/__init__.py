@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from loratune.api.init import init as init
     from loratune.api.machine import Environment as Environment
     from loratune.api.params import count_parameters as count_parameters
-    from loratune.api.report import report_study as report_study
+    from loratune.api.quickstart import Quickstart as Quickstart
+    from loratune.api.quickstart import quickstart as quickstart
     from loratune.api.sweep import sweep as sweep
     from loratune.api.train import PublishedAdapter as PublishedAdapter
     from loratune.api.train import plan as plan
     from loratune.api.train import train as train
+    from loratune.compare.classification import Prediction as Prediction
     from loratune.compare.comparison import Comparison as Comparison
     from loratune.compare.evaluation import ScaleComparison as ScaleComparison
+    from loratune.compare.losses import LossComparison as LossComparison
     from loratune.compare.tasks import TaskResults as TaskResults
     from loratune.config import RunConfig as RunConfig
     from loratune.errors import AdapterError as AdapterError
@@ -73,11 +76,13 @@ _MODULES = {
     "api.init": "init",
     "api.machine": "Environment",
     "api.params": "count_parameters",
-    "api.report": "report_study",
+    "api.quickstart": "Quickstart quickstart",
     "api.sweep": "sweep",
     "api.train": "PublishedAdapter plan train",
+    "compare.classification": "Prediction",
     "compare.comparison": "Comparison",
     "compare.evaluation": "ScaleComparison",
+    "compare.losses": "LossComparison",
     "compare.tasks": "TaskResults",
     "config": "RunConfig",
     "errors": "AdapterError ConfigError DataError LockedError LoratuneError LostError ModelError NumericError Problem "

@@ -119,7 +119,10 @@ class Code(StrEnum):
 
     # Evaluation
     EVALUATE_TASK = "evaluate.task", "A task cannot be loaded or run, or says nothing."
-    EVALUATE_OVERLAP = "evaluate.overlap", "Rows that are to show what is required are among the training rows."
+    EVALUATE_OVERLAP = (
+        "evaluate.overlap",
+        "Rows that are to show what is required are among those that the run has read.",
+    )
     EVALUATE_REQUIREMENT = "evaluate.requirement", "The adapter failed a requirement."
 
     # Export

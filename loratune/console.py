@@ -7,7 +7,9 @@ may lack a character that is printed, or its file may be on a full disk. A finis
 import io
 import json
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -152,7 +154,7 @@ class LossyStream(_Stream):
         """Write the pending text, or drop it."""
         data, self._pending = self._pending.encode(self.encoding, self.errors), ""
         with suppress(OSError, ValueError):
-            while data:  # Linux does not mix so many bytes with those of other processes
+            while data:  # Linux does not mix up to 4,096 bytes with those of other processes
                 data = data[os.write(self.fileno(), data[:4096]) :]
 
 
@@ -221,13 +223,59 @@ out = _Console(highlight=False, soft_wrap=True, emoji=False)
 def log(*lines: str) -> None:
     """Print status lines on stderr."""
     for line in lines:
-        err.print(one_line(without_userinfo(line)), markup=False)
+        _print_to(err, one_line(without_userinfo(line)))
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines on stdout."""
+    """Print lines on stdout. In a terminal, long ones are wrapped between words, under the beginning of their text;
+    but tables and commands are not."""
     for line in lines:
-        print(line)
+        if out.is_terminal:
+            _print_to(out, line)
+        else:
+            print(line)
+
+
+def _print_to(console: Console, line: str) -> None:
+    """Print a line on a console; in a terminal, coloured, and wrapped between words."""
+    for part in wrapped(line, console.width) if console.is_terminal else [line]:
+        console.print(coloured(printable(part)))
+
+
+def columns() -> int:
+    """The width of the terminal that stdout goes to; unlimited if it goes elsewhere."""
+    return out.width if out.is_terminal else sys.maxsize
+
+
+_COLOURS = {"✓": "bold green", "✗": "bold red", "?": "bold yellow", "!": "bold yellow", "error": "bold red"}
+"""The beginning of a line → its colour: good, bad or an error, unknown or a warning."""
+_MARK = re.compile(r" *(✓|✗|\?|!|error)(?=[ \[:])")
+
+
+def coloured(line: str) -> Text:
+    """A line whose mark, if it begins with one, is coloured in a terminal. It is to be safe to print."""
+    text = Text(line)
+    if found := _MARK.match(line):
+        text.stylize(_COLOURS[found[1]], *found.span(1))
+    return text
+
+
+_LABEL = re.compile(r" *(?:\S+(?: \S+)* {2,})?")
+"""The beginning of a line up to its text: its indentation, and a name that is set apart from the text."""
+_COMMAND = re.compile(r"(?:python -m )?loratune (?!\d)|pip install |vllm serve ")
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """A line as lines of a width, wrapped between words."""
+    label = _LABEL.match(line)
+    start = label.end() if label and label.end() < min(width // 2, 24) else 0
+    text = line[start:]
+    if len(line) <= width or "  " in text or _COMMAND.match(text):
+        return [line]
+    return textwrap.wrap(
+        text, width, initial_indent=line[:start], subsequent_indent=" " * start, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def print_json(values: Any, file: Any = None, indent: int | None = 2) -> None:
@@ -244,7 +292,12 @@ def print_problems(problems: Sequence[Problem], exit_code: int, file: Any = None
         print_json(failure, file or sys.stderr, None)
         return
     for problem in problems:
-        print(f"error: {problem}", file=file or sys.stderr, flush=True)
+        code = f"[{problem.code}]" if "." in problem.code else ""
+        line = f"error{code}: {problem.text}"
+        if file is None and err.is_terminal:
+            _print_to(err, line)
+        else:
+            print(line, file=file or sys.stderr, flush=True)
 
 
 as_json: ContextVar[bool] = ContextVar("as_json", default=False)

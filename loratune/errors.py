@@ -22,6 +22,7 @@ import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 
 from loratune import outputs
 from loratune.codes import Code
@@ -36,8 +37,11 @@ class Problem:
         code: What kind of problem it is.
         what: What is wrong, in plain words.
         where: A file, `file:line`, or `file:line:column`.
-        key: A dotted config key, or an option of the command line.
+        key: A dotted config key, or a parameter of the public API; `NAME: ITEM` is one item of its value.
         fix: What to do about it. It comes last, so that a command in it can be copied.
+
+    Texts name a parameter as code with its value, such as `overwrite=True` or `base_gguf=FILE`, or with `...` for any
+    value. The command line translates both into its options, see `cli.options`.
     """
 
     code: Code
@@ -47,9 +51,16 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
+        return self._text(f" [{self.code}]" if "." in self.code else "")
+
+    @property
+    def text(self) -> str:
+        """Place, key, what is wrong and what to do, without the code."""
+        return self._text("")
+
+    def _text(self, code: str) -> str:
         where, key, what, fix = map(_shortened, (self.where, self.key, self.what, self.fix))
         head = ": ".join(part for part in (where, key, what) if part)
-        code = f" [{self.code}]" if "." in self.code else ""
         return one_line(f"{head}{code}; {fix}" if fix else f"{head}{code}")
 
     def to_dict(self) -> outputs.Reported:
@@ -79,8 +90,19 @@ def _ends(text: str, most: int) -> str:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, which also works for an installed checkout."""
-    return f"pip install 'loratune[{extra}]'"
+    """The command that installs what an extra names, wherever loratune itself was installed from."""
+    needed = [f"'{package}'" for package in _packages(extra)]
+    return f"pip install {' '.join(needed)}" if needed else f"pip install '.[{extra}]' in the checkout"
+
+
+def _packages(extra: str) -> list[str]:
+    found = list[str]()
+    for text in metadata.requires("loratune") or ():
+        package, _, marker = (part.strip() for part in text.partition(";"))
+        if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", marker):
+            inner = re.fullmatch(r"loratune\[(.+)\]", package)
+            found += [package] if inner is None else [one for name in inner[1].split(",") for one in _packages(name)]
+    return found
 
 
 def missing_package(code: Code, package: str, purpose: str, extra: str, where: str = "", key: str = "") -> Problem:

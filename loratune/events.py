@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from loratune.api.quickstart import Quickstart
     from loratune.api.train import PublishedAdapter
     from loratune.compare.comparison import Comparison
     from loratune.compare.evaluation import ScaleComparison
     from loratune.compare.tasks import TaskResults
     from loratune.training.init import InitialConfig
+    from loratune.training.plan import Plan
 
 Unit = Literal["", "bytes", "items"]
 """The unit of a task's progress; empty if the total is unknown."""
@@ -56,6 +58,8 @@ class PlanEvent:
         trainable: The number of trainable parameters.
         memory: The estimated memory for training, in bytes.
         device: What the process computes on, and in which dtype: `CPU, 2 threads, bfloat16`.
+        plan: All that is decided; None in an event that a program has made.
+        seconds: About how long the steps take, and everything else from here on; None where the run has a time budget.
     """
 
     rows: tuple[str, ...]
@@ -65,6 +69,8 @@ class PlanEvent:
     trainable: int
     memory: int
     device: str = ""
+    plan: "Plan | None" = None
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,13 +153,14 @@ class FinishedEvent:
 
     Attributes:
         result: The published adapter with its metrics for `train`, the config and estimates of its run for `init`, the
-            comparison for `evaluate`, one for each scale for `evaluate_scales`, those of tasks for `run_tasks`.
+            comparison for `evaluate`, one for each scale for `evaluate_scales`, those of tasks for `run_tasks`, and all
+            that it made for `quickstart`, after the results of its parts.
     """
 
     result: "Result" = field(repr=False)
 
 
-Result: TypeAlias = "PublishedAdapter | InitialConfig | Comparison | ScaleComparison | TaskResults"
+Result: TypeAlias = "PublishedAdapter | InitialConfig | Comparison | ScaleComparison | TaskResults | Quickstart"
 Event: TypeAlias = NoteEvent | PlanEvent | ProgressEvent | TrainingEvent | StepEvent | EvaluationEvent | FinishedEvent
 Listener: TypeAlias = Callable[[Event], Any]
 Advance: TypeAlias = Callable[[int], None]

@@ -12,7 +12,30 @@ Interval: TypeAlias = list[float] | None
 Bytes: TypeAlias = dict[str, int]
 Score: TypeAlias = dict[str, float | str | dict[str, Interval] | None]
 
-Gain = Annotated[dict[str, Any], "loratune.compare.gain.Gain"]
+Gain = TypedDict("Gain", {"split": str, "rows": int, "drawn": int, "total": int, "base": float | None,
+    "adapter": float, "better_by": float, "low": float | None, "high": float | None, "validation_rows": int | None,
+    "adapter_low": float | None, "adapter_high": float | None, "unit": str, "other": Literal["base", "start"],
+    "rows_needed": int | None})  # fmt: skip
+"""Losses of base and adapter on the same rows, in nats per supervised token.
+
+Attributes:
+    split: The split of the rows, `validation` or `training`.
+    rows: The number of distinct rows compared.
+    drawn: The number of rows compared, including copies.
+    total: Rows of the split.
+    base: Loss of the base.
+    adapter: Loss of the adapter.
+    better_by: Loss of the base minus loss of the adapter: above 0 if the adapter is better.
+    low: Lower end of the 95 % interval of `better_by`; None for too few rows.
+    high: Upper end of that interval.
+    validation_rows: Distinct validation rows, if they were too few, so that training rows were compared.
+    adapter_low: Lower end of the 95 % interval of `adapter`; None for too few rows.
+    adapter_high: Upper end of that interval.
+    unit: The unit over which losses are averaged: `token`, `pair` or `answer`.
+    other: The model that the adapter is compared with: its `base`; or its `start`, the adapter from which training
+        continued, if that is the reference of the objective. The field `base` is then the loss of `start`.
+    rows_needed: The estimated number of rows for a significant difference, if it is not.
+"""
 Forgetting = TypedDict("Forgetting", {"not_measured": str, "split": str, "rows": int, "drawn": int, "total": int,
     "before": float, "after": float, "change": float, "low": float | None, "high": float | None,
     "kinds": dict[str, float]}, total=False)  # fmt: skip
@@ -49,6 +72,16 @@ Attributes:
     median_divergence_interval: The ends of its 95 % interval; null for fewer than six answers.
     samples: Some of the instructions, each with both answers.
 """
+Reasons = TypedDict("Reasons", {"asked": int, "base": int, "adapter": int, "share": float, "interval": Interval})
+"""How many answers to everyday instructions begin with reasoning, in the reasoning mode of the chat template.
+
+Attributes:
+    asked: The number of instructions.
+    base: How many answers of the base do.
+    adapter: How many answers of the adapter do.
+    share: The share of the adapter's answers that do.
+    interval: The ends of its 95 % interval.
+"""
 Test = TypedDict("Test", {"loss": float, "tokens": int, "rows": int, "distinct": int, "interval": Interval})
 """The loss of the adapter on the test rows.
 
@@ -82,7 +115,7 @@ Metrics = TypedDict("Metrics", {"verdict": str | None, "judged_apart": bool, "lo
     "tokens_per_second": float | None, "held_out_interval": Interval,
     "gain": NotRequired[Gain], "answers": NotRequired[Answers],
     "forgetting": NotRequired[Forgetting], "unrelated_text": NotRequired[Forgetting], "behavior": NotRequired[Behavior],
-    "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
+    "reasons": NotRequired[Reasons], "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
     "computed_by": dict[str, dict[str, str]]})  # fmt: skip
 """The metrics of a run, also in `loratune.json`.
 
@@ -91,7 +124,7 @@ Attributes:
         `collapsed`.
     judged_apart: Whether the validation rows that judged did not choose the step; then other ones did.
     looks: How many adapters the rows that judged have chosen from; 1 if they chose nothing. What is called better must
-        be so for the best of so many (Bonferroni).
+        be so for the best of that number (Bonferroni).
     steps: Optimizer steps that were taken.
     kept_step: The step whose weights became the adapter.
     stopped_early: Whether the run ended before its last planned step, as the held-out loss did not fall any more.
@@ -110,6 +143,7 @@ Attributes:
     forgetting: The change on rows of the earlier run, for lora.start_from.
     unrelated_text: The change on text unrelated to the training rows.
     behavior: How the base's answers to everyday instructions change.
+    reasons: Whether the adapter still reasons, where its base does.
     preferences: Reward accuracy and other metrics of preferences.
     test: The loss on the test rows, computed once.
     computed_by: Metric → how it was computed: dtype, layers and batches.
@@ -137,7 +171,8 @@ Attributes:
     adapter_bytes: The size of the adapter's weights.
     memory: The estimated memory for training, in bytes: its parts and the `total`.
     device: What the process computes on, and in which dtype.
-    rows: Split → numbers of rows, duplicates, dropped rows with their reasons, truncated rows, tokens, and lengths.
+    rows: Split → numbers of rows, duplicates, dropped rows with their reasons and places, truncated rows, tokens, and
+        lengths.
     examples: The first training rows: their place, and their text with the supervised parts in ⟦ ⟧.
     notes: Choices and warnings.
 """
@@ -194,12 +229,15 @@ Attributes:
     template_reads: Name → default of each argument that the chat template reads.
     servers: Server → whether its newest release applies the adapter.
 """
-Explain = TypedDict("Explain", {"config": str | None, "keys": dict[str, ExplainedKey]})
-"""Keys of a config.
+Explain = TypedDict("Explain", {"config": str | None, "keys": dict[str, ExplainedKey],
+    "codes": NotRequired[dict[str, str]], "choices": NotRequired[dict[str, Any]]})  # fmt: skip
+"""Keys of a config, the code of an error, or what a run decides itself.
 
 Attributes:
     config: The file of the config, if it was given.
     keys: Key → its explanation.
+    codes: Code → when it is reported.
+    choices: Key → `value` and `reason` of what a run of the config decides.
 """
 Requirement = TypedDict("Requirement", {"text": str, "met": bool, "value": float | None, "low": float | None,
     "high": float | None})  # fmt: skip
@@ -237,8 +275,13 @@ Attributes:
 """
 Differences: TypeAlias = dict[str, Difference]
 Evaluate = TypedDict("Evaluate", {"base": Required[Score], "adapter": Required[Score], "against": Score,
-    "majority": Score, "difference": Required[Differences], "difference_from_base": Differences,
-    "difference_from_majority": Differences, "forgetting": dict[str, Any], "behavior": Behavior,
+    "majority": Score, "prompted": Score, "classification": dict[str, Any],
+    "tool_calls": dict[str, Annotated[dict[str, Any], "loratune.compare.tool_calls.CallErrors"]],
+    "difference": Required[Differences],
+    "difference_from_base": Differences, "difference_from_majority": Differences,
+    "difference_from_prompted": Differences,
+    "abstention": Annotated[dict[str, Any], "loratune.compare.abstention.Abstention"],
+    "forgetting": dict[str, Any], "behavior": Behavior, "reasons": Reasons,
     "metric": Required[str], "verdict": Required[str | None], "notes": list[str],
     "overlap": Required[dict[Literal["exact", "folded", "rows"], int] | None], "computed_by": Required[dict[str, str]],
     "prompt_sensitivity": Annotated[dict[str, Any], "loratune.compare.collapse.PromptSensitivity"] | None,
@@ -251,12 +294,18 @@ Attributes:
     adapter: The metrics of the adapter.
     against: The metrics of the second adapter.
     majority: The metrics of always giving the most frequent expected answer, which is `answer`.
+    prompted: The metrics of the base with the best prompt that tells it the task, which is `prompt`.
+    classification: Of labels: `macro_f1`, `log_loss`, `brier`, `overconfidence`, `classes`, `confusions`, `coverage`.
+    abstention: The threshold of `abstain_for`.
+    tool_calls: Model → how many of its calls are right, and what is wrong with the others, for `--metric tool_call`.
     difference: Metric → the adapter minus the base, or minus the second adapter if there is one.
     difference_from_base: Metric → the adapter minus the base, if there is a second adapter.
     difference_from_majority: Metric → the adapter minus the most frequent answer.
+    difference_from_prompted: Metric → the adapter minus the prompted base.
     forgetting: The loss of the adapter minus that of the base on other text: `value`, `low`, `high`, and by `kinds`.
     behavior: How the base's answers to everyday instructions change.
-    metric: The metric that the verdict is about.
+    reasons: Whether the adapter still reasons, where its base does.
+    metric: The metric of the verdict beside another adapter; against the base, loss and right answers judge.
     verdict: As that of a run. Beside another adapter `better`, `worse` or `indistinguishable`; null for too few rows.
     notes: Rows that were cut or dropped, or are also in train; too few rows.
     overlap: Rows that are also in train, exactly or with white space folded, of all `rows`; null if unknown.
@@ -269,6 +318,17 @@ Attributes:
     limit: The maximum number of documents of each task; null for all.
     chat_template: Whether the prompts of tasks were rendered with the chat template.
     lm_eval: The version of the harness.
+"""
+Quickstart = TypedDict("Quickstart", {"directory": str, "adapter": str, "metrics": Metrics, "comparison": Evaluate,
+    "answers": list[dict[str, Any]]})  # fmt: skip
+"""What the quickstart made.
+
+Attributes:
+    directory: The directory with config, rows, model and adapter.
+    adapter: The directory of the adapter.
+    metrics: What training recorded, as `train` prints it.
+    comparison: Base and adapter on rows that training has not seen, as `evaluate` prints it.
+    answers: The first of these rows, with the answers of the adapter as `completion` and of the base as `base`.
 """
 Scales = TypedDict("Scales", {"scales": list[Annotated[dict[str, Any], Evaluate, {"adapter_scale": float}]]})
 """An adapter at several scales.
@@ -289,6 +349,14 @@ Attributes:
     prompt: The prompt as text; of a conversation, its last message.
     completion: The completion of the adapter.
     base: The completion of the base, for `--base`.
+"""
+Classify = Annotated[dict[str, Any], {"prompt": NotRequired[str], "label": str, "probability": float}, ...]
+"""One line per row: for `--input` or `--output`, its fields, and its label.
+
+Attributes:
+    prompt: The prompt, if it was an argument.
+    label: The most probable label; empty if it is less probable than `--abstain-below`.
+    probability: Its probability among all labels.
 """
 Merge = TypedDict("Merge", {"output": str, "dtypes": list[str], "bytes": int, "files": int, "untied": bool, "note": str,
     "compared_on": str, "comparison": dict[str, Any], "kept": dict[str, Any]})  # fmt: skip
@@ -327,7 +395,7 @@ Sweep = Annotated[dict[str, Any], "loratune.report.study.StudyResults", {"versio
 
 Attributes:
     version: The version of this format.
-    winner: The number of the trial with the lowest held-out loss.
+    winner: The number of the trial with the lowest held-out loss; of parts of the rows, that on all of them.
     notes: What else should be known.
 """
 Fact = TypedDict("Fact", {"value": str, "advice": NotRequired[str]})

@@ -200,7 +200,7 @@ def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Int
     own standard error) replaces Student's t (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap, 1993,
     section 12.5); the standard error of the rows is the jackknife's. The bootstrap accounts for the skew of losses, for
     which Student's t has too little coverage. For differences, which have heavy tails rather than skew, it has less
-    coverage than Student's t. So neither is enough alone; the measured coverage is in `scripts/README.md`.
+    coverage than Student's t. So neither is enough alone; the measured coverage is in `scripts/memory_and_exports.md`.
 
     The order of rows does not matter, and negated totals give the mirrored interval.
 
@@ -212,7 +212,7 @@ def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Int
     Returns:
         The interval, which contains the ratio; None for fewer than `LEAST_ROWS` rows, or if a total is not finite. It
         has no width if all rows have the same ratio. It is the jackknife's for more than 20,000 rows, and at an end
-        for which 2.5 % of the resamples have no spread, as with few rows of which most are equal.
+        for which 2.5 % of the resamples have no spread, as with few rows, most of them equal.
 
     Raises:
         ValueError: The numbers of totals and counts differ, or a count is not above 0 and finite.

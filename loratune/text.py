@@ -108,15 +108,10 @@ def listed(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:
 
 
 def format_size(count: int) -> str:
-    """A number of bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
+    """A number of bytes in the unit that reads best: `3.2 GiB`, `1.8 MB`, `495.6 kB`."""
     if count >= 1 << 28:
         return f"{count / (1 << 30):.1f} GiB"
-    return f"{count:,} bytes ({f'{count / 1e6:.1f} MB' if count >= 1e6 else f'{count / 1e3:.1f} kB'})"
-
-
-def short_size(count: int) -> str:
-    """`3.2 GiB`, or `220.1 MB`: without the exact number of bytes."""
-    return format_size(count).partition("(")[2].rstrip(")") or format_size(count)
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def format_duration(seconds: float) -> str:
@@ -137,6 +132,14 @@ def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  " + "  ".join(cells).rstrip()
+
+
+class Information(str):
+    """A remark that asks nothing of the user; other remarks are warnings."""
+
+
+class Detail(Information):
+    """A remark that is shown only with all counts and reasons."""
 
 
 def block(title: str, lines: Iterable[tuple[str, str]]) -> Iterator[str]:

@@ -9,10 +9,10 @@ Every adapter is then scored by plain transformers and PEFT in fp32 on held-out 
 without padding. Ratios are those of runs of one round; a GEMM probe before, between and after the rounds tells how
 steady the machine was.
 
-`--busy 1` has so many processes compute beside each run, as on a machine that does something else too.
+`--busy 1` has one process compute beside each run, as on a machine that does something else too.
 
-Writes results.json after every run, and table.md and plot.svg after every set; `--table` makes those two anew, and
-`--add` lets one call measure one set and the next call another.
+Writes results.json after every run, and table.md after every set; `--table` makes it anew, and `--add` lets one call
+measure one set and the next call another.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import torch
 
 from peers.common import Job, read
 from peers.contestants import CONTESTANTS, Contestant
-from peers.report import plot, roof, table
+from peers.report import roof, table
 from peers.sets import SETS, SHAPES, Kind, accumulate, census, rows_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +137,7 @@ def why(log: Path, code: int, late: bool) -> str:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Inside, so many processes do nothing but work."""
+    """Inside, this number of processes do nothing but work."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -308,10 +308,10 @@ def judge(bench: Bench, cell: dict[str, Any], held_out: Path) -> None:
 
 
 def publish(bench: Bench) -> None:
-    """Write the table and the plot."""
+    """Write the table."""
     known = bench.results
     where = ", ".join(f"{name}: {value}" for name, value in known.machine.items())
-    lines, charts = [where, ""], {}
+    lines = [where, ""]
     for title, cell in known.cells.items():
         name, loss = title.split(", ")
         counted = census(read(rows_file(bench.work / "data", name, loss, "train", bench.rows)))
@@ -326,15 +326,11 @@ def publish(bench: Bench) -> None:
             f"roof of {limit:,.0f} tokens/s. Held-out loss of the base: {base}.", "",
             *table(cell["runs"], list(CONTESTANTS), counted, limit), "",
         ]  # fmt: skip
-        charts[f"{title} loss"] = (cell["runs"], counted)
     lines += ["## Contestants", "", *(f"- {name}: {one.note}" for name, one in CONTESTANTS.items())]
     lines += [f"- left out: {name}: {reason}" for name, reason in known.failed.items()] + ["", "## Versions", ""]
     for venv, found in known.versions.items():
         lines.append(f"- {venv}: {', '.join(f'{package} {version}' for package, version in found.items())}")
     (bench.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    place = known.machine.get("gpu", f"{known.machine['processor']}, {known.machine['cores']} cores")
-    caption = f"{place}, {known.machine['date']}"
-    (bench.out / "plot.svg").write_text(plot(charts, list(CONTESTANTS), caption), encoding="utf-8")
 
 
 def say(text: str) -> None:
@@ -348,7 +344,7 @@ def options() -> argparse.Namespace:
     work = Path.home() / ".cache" / "loratune-bench"
     kinds = [kind.name for kind in SETS]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    usual = [name for name in kinds if name != "full"]  # of which a CPU would take hours
+    usual = [name for name in kinds if name != "full"]  # with it a CPU would take hours
     parser.add_argument("--sets", nargs="+", choices=kinds, default=usual, help="default: all but full")
     parser.add_argument("--loss", nargs="+", choices=("full", "completion"), default=["full", "completion"])
     parser.add_argument("--peers", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME")
@@ -363,7 +359,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=work, help=f"environments, data, adapters (default: {work})")
     parser.add_argument("--out", type=Path, help="of the results (default: in the work directory)")
     parser.add_argument("--add", action="store_true", help="keep what results.json holds of other sets and losses")
-    parser.add_argument("--table", action="store_true", help="only make table and plot anew from results.json")
+    parser.add_argument("--table", action="store_true", help="only make the table anew from results.json")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here")

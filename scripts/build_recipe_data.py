@@ -2,7 +2,7 @@
 
     python scripts/build_recipe_data.py [DEST]    # default: recipes
 
-definitions.csv    text and label: WordNet definitions and their categories, of the rows of configs/quickstart
+definitions.csv    text and label: WordNet definitions and their categories, of the rows of the quickstart
 tools.jsonl        conversations with tools, put together by chance; those of tools-unseen.jsonl have other arguments
 summaries.jsonl    functions of Python's standard library, and the first lines of their docstrings
 manual/            pages of Python's language reference, as pydoc has them
@@ -31,7 +31,7 @@ try:
     from learning.tasks import docstrings
 except ModuleNotFoundError as missing:
     sys.exit(
-        f"error: {sys.executable} does not have {missing.name}; run `pip install '.[quickstart]'` in the checkout, or "
+        f"error: {sys.executable} does not have {missing.name}; run `pip install .` in the checkout, or "
         "after `make quickstart` `. .venv/bin/activate`"
     )
 
@@ -65,7 +65,7 @@ def _chat(question: str, answer: str) -> Row:
 def labelled(name: str, count: int) -> list[Row]:
     """Rows of the quickstart as text and label."""
     found = []
-    for row in _read(CONFIGS / "quickstart" / name)[:count]:
+    for row in _read(CONFIGS.parent / "loratune" / "data" / "quickstart" / name)[:count]:
         text = row["prompt"].split("Definition: ")[1].removesuffix(". Semantic class:")
         found.append({"text": text, "label": row["completion"].strip()})
     return found

@@ -4,7 +4,6 @@
     python scripts/check_layers.py llama olmo        # prints what it finds of some families, writes nothing
     python scripts/check_layers.py --add llama olmo  # puts it into both files, which keep what they hold of others
     python scripts/check_layers.py --add             # adds the installed transformers to the releases in the list
-    python scripts/check_layers.py --rounding llama  # how far gradients in bfloat16 are from float32, beside PEFT's
 
 `loratune/kernels/checked_layers.json` lists the classes whose layers may be replaced, see `kernels.recognition`. A
 layer is compared with its replacement alone, in float32, in training mode and in eval mode, on inputs of mean 0 and of
@@ -15,11 +14,6 @@ but have changed so that no kernel computes the same are printed.
 
 `tests/golden_kernels.txt` is the table of whole models, each beside itself as transformers computes it: model type,
 dtype, what is replaced, and the largest differences of loss and of gradients, packed and padded.
-
-`--rounding` takes three draws of weights, adapter and rows of each family. It prints for each draw how far gradients in
-bfloat16 are from those of the same weights in float32, those of PEFT and ours; last the geometric mean of the ratios of
-ours to PEFT's, by family, with its 95 % interval. `ONEDNN_MAX_CPU_ISA=AVX512_CORE` has torch compute as on a processor
-without products of bfloat16.
 """
 
 import json
@@ -106,7 +100,7 @@ class Findings:
         return {"checked_with": {"transformers": sorted(releases, key=Version)}, "layers": layers}
 
     def lost(self, known: Mapping[Layer, str | None]) -> list[str]:
-        """Classes of the list of which no layer agreed any more."""
+        """Classes of the list without any layer that still agreed."""
         forms = self.forms
         agreeing = {layer.name for layer, form in forms.items() if form is not None}
         return sorted({layer.name for layer in forms} & {layer.name for layer in known} - agreeing)
@@ -285,9 +279,9 @@ class Row:
 LENGTHS = (40, 7, 100, 1, 90)
 
 
-def rows(seed: int = 1) -> list[dict[str, list[int]]]:
+def rows() -> list[dict[str, list[int]]]:
     """Longer and shorter than the windows and than the limits that configurations call original."""
-    drawn = torch.Generator().manual_seed(seed)
+    drawn = torch.Generator().manual_seed(1)
     every = [torch.randint(8, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
     return [{"input_ids": ids, "labels": [-100 if at % 5 == 0 else one for at, one in enumerate(ids)]} for ids in every]
 
@@ -334,50 +328,6 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
         weight.data *= 1 + torch.finfo(dtype).eps / 2 * signs
         row.own = [max(pair) for pair in zip(_own(model, batches, stock), _own(model, batches, stock, 1), strict=True)]
     return row
-
-
-def rounding(model_type: str, draw: int, width: int = 128) -> tuple[float, float]:
-    """The distances of gradients in bfloat16 from those in float32, as shares of these: PEFT's, and ours.
-
-    draw: which weights, adapter and rows.
-    """
-    base = small(model_type, width)
-    drawn = torch.Generator().manual_seed(draw)
-    for weight in base.parameters():
-        weight.data = weight.data.flatten()[torch.randperm(weight.numel(), generator=drawn)].view(weight.shape)
-    disturb(base)
-    torch.manual_seed(draw)
-    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, **find(base, ALL_LINEAR).peft())).train()
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.05)
-        if "lora_" not in name:
-            weight.data = weight.data.to(torch.bfloat16)
-    batch = flatten(rows(draw + 1))
-    stock = step(model, batch)
-    with kernels.accelerated(model, attach.adapted_linear):
-        fast = step(model, batch)
-    exact = step(model.float(), batch)
-    if isinstance(stock, str) or isinstance(fast, str) or isinstance(exact, str):
-        raise ValueError("the family does not run on packed rows")
-    return relative_rms(exact[1], stock[1]), relative_rms(exact[1], fast[1])
-
-
-def print_rounding(model_types: Iterable[str], draws: int = 3) -> None:
-    """Print the distances of families, and the geometric mean of their ratios."""
-    means = []
-    for model_type in model_types:
-        try:
-            pairs = [rounding(model_type, draw) for draw in range(draws)]
-        except Exception as error:
-            print(f"{model_type}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
-            continue
-        means.append(torch.tensor([fast / stock for stock, fast in pairs]).log().mean())
-        every = ", ".join(f"{stock:.1e} {fast:.1e}" for stock, fast in pairs)
-        print(f"{model_type}: {every}: {float(means[-1].exp()):.2f}", flush=True)
-    drawn = torch.randint(len(means), (10_000, len(means)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.stack(means)[drawn].mean(1).exp().quantile(torch.tensor([0.025, 0.975])).tolist()
-    print(f"{len(means)} families: {float(torch.stack(means).mean().exp()):.2f} ({low:.2f} to {high:.2f})")
 
 
 UNWIELDY = ("bailing_hybrid", "blt", "gemma3n", "gemma3n_text", "kimi_linear", "longcat_flash")
@@ -473,7 +423,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     named = [one for one in sys.argv[1:] if not one.startswith("--")]
-    if "--rounding" in sys.argv:
-        print_rounding(named or FAMILIES)
-    else:
-        main(named, add="--add" in sys.argv)
+    main(named, add="--add" in sys.argv)

@@ -200,7 +200,7 @@ def of_llama_cpp(adapter: Path, out: Path, *options: str) -> str:
 
 
 def of_vllm(adapter: Path, out: Path, python: Path) -> str:
-    """The plain adapter in vLLM, of which the exported names must all be applied."""
+    """The plain adapter in vLLM, which must apply all exported names."""
     command = ("export", "--adapter", adapter, "--to", "vllm", "--vllm-python", python, "--output", out)
     code, said = run(*command)
     found = said["comparison"]["server"]["run"] if not code else None

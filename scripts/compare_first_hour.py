@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "first_hour" / "results.jsonl"
 PAGES = (ROOT / "README.md", RESULTS.with_name("README.md"))
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-ROWS = ROOT / "configs" / "quickstart"
+ROWS = ROOT / "loratune" / "data" / "quickstart"
 TORCH = ("torch", "torch-*", "torchgen", "functorch", "nvidia", "nvidia_*", "triton", "triton-*")
 """What torch itself puts into an environment."""
 SHOWN = ("torch", "transformers", "peft", "trl")
@@ -107,7 +107,7 @@ def lines_typed(hour: Hour, name: str) -> int:
 
 
 def train(hour: Hour, name: str, minutes: float, steps: int) -> None:
-    """Train by a tool's own recipe, for so many minutes at most, and keep how it went. steps: to end earlier."""
+    """Train by a tool's own recipe, for a number of minutes at most, and keep how it went. steps: to end earlier."""
     tool, place = TOOLS[name], hour.work / ("trial" if steps else "train") / name
     shutil.rmtree(place, ignore_errors=True)
     order = Order(place, MODEL, place / "rows" / "train.jsonl", place / "adapter", steps=steps, save=SAVED)
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", default=list(faults.FAULTS), choices=list(faults.FAULTS))
     parser.add_argument("--wheel", default="loratune", help="what is installed as loratune")
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--steps", type=int, default=0, help="end after so many steps, for a trial")
+    parser.add_argument("--steps", type=int, default=0, help="end after this number of steps, for a trial")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that any other command may take")
     given = parser.parse_args()
     if given.part == "table":

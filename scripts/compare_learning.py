@@ -163,7 +163,7 @@ def tokenised(race: Race, rows: Path, *, whole: bool) -> Path:
 
 
 def train_other(race: Race, name: str, rows: Path, steps: int) -> Finished:
-    """Train so many steps of a recipe. Raises bench.Failure."""
+    """Train a number of steps of a recipe. Raises bench.Failure."""
     recipe, place = RECIPES[name], emptied(race.work / "race" / name.replace(" ", "-").replace("'", ""))
     order = Order(
         recipe,
@@ -194,7 +194,7 @@ def steps_in_time(race: Race, name: str, rows: Path) -> int:
 def race_against_time(
     race: Race, known: Mapping[str, Any], train: Callable[[int], Finished], steps: int, attempts: int = ATTEMPTS
 ) -> None:
-    """Train so many steps, and again where that was not the time of the race; the run that was nearest to it is kept.
+    """Train a number of steps, and again where that was not the time of the race; the run nearest to it is kept.
 
     What counts its steps itself may end early: then it has decided not to use all of the time.
 

@@ -124,7 +124,7 @@ class ForkServer:
         return child
 
     def launch(self, count: int, *arguments: object, each: Sequence[dict[str, Any]] = ()) -> list[Child]:
-        """Start so many processes of one run, with the variables that torchrun sets. each: more keywords of `start`."""
+        """Start the processes of one run, with the variables that torchrun sets. each: more keywords of `start`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -133,7 +133,7 @@ class ForkServer:
         return [self.start(*arguments, **own | further) for own, further in zip(variables, more, strict=True)]
 
     def listen(self, seconds: float) -> None:
-        """Read what the server reports, waiting at most so many seconds."""
+        """Read what the server reports, waiting at most this number of seconds."""
         assert self._process.stdout is not None
         stream = self._process.stdout.fileno()
         if not select.select([stream], [], [], seconds)[0]:
@@ -255,7 +255,6 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
     import loratune.cli.terminal  # noqa: PLC0415
     import loratune.compare.evaluation  # noqa: PLC0415
     import loratune.memory.activations  # noqa: PLC0415
-    import loratune.study.storage  # noqa: PLC0415
     import loratune.study.sweep  # noqa: PLC0415
     import loratune.training.processes  # noqa: PLC0415
     import loratune.training.run  # noqa: PLC0415
@@ -286,6 +285,7 @@ def run_here(command: Sequence[str]) -> None:
                 raise RuntimeError(said.getvalue()) from end
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    fused_ops._loaded.cache_clear()
     fused_ops._library.cache_clear()  # each fork finds a compiler, and a cache, by its own variables
     tempfile.tempdir = None
 

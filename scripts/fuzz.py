@@ -162,7 +162,9 @@ CHANGES: st.SearchStrategy[list[Any]] = st.just([]) | st.lists(
 
 def configs(scratch: Path, ends: Ends) -> Callable[..., None]:
     """A config file is read into one that `dump` writes and `load` reads back, or is refused."""
-    valid = yaml.safe_load((Path(__file__).parent.parent / "configs" / "quickstart" / "config.yaml").read_text())
+    valid = yaml.safe_load(
+        (Path(__file__).parent.parent / "loratune" / "data" / "quickstart" / "config.yaml").read_text()
+    )
     for name in ("model", "lora", "data", "training"):
         section = getattr(config, f"{name.capitalize()}Section")
         fields = {key: field.default for key, field in section.model_fields.items() if not field.is_required()}
@@ -189,7 +191,7 @@ def configs(scratch: Path, ends: Ends) -> Callable[..., None]:
 
 
 def rows(scratch: Path, ends: Ends) -> Callable[..., None]:
-    """A file of rows becomes tokens of which some are supervised, or is refused."""
+    """A file of rows becomes tokens, some of them supervised, or is refused."""
     renderer, path = Renderer(byte_level()), scratch / "rows.jsonl"
     choices = st.sampled_from(["completion", "assistant", "all"])
 

@@ -73,7 +73,7 @@ from loratune.kernels.upstream import (
 from loratune.lora import attach, creation
 from loratune.model import load, upstream
 from loratune.system.launcher import SINGLE_PROCESS
-from loratune.training.callbacks import NonFiniteGuard
+from loratune.training.callbacks import StepLoss
 from loratune.training.checkpoints.store import StepLosses
 from loratune.training.retention import RetentionTerm
 
@@ -439,7 +439,7 @@ def _step(dry: DryRun, model: Any, case: Case, batch: dict[str, Any], line: Line
         decoder.register_forward_pre_hook(lambda *_: setattr(dry, "inside", True)),
         decoder.register_forward_hook(lambda *_: setattr(dry, "inside", False)),
     ]
-    guard = NonFiniteGuard(None, SINGLE_PROCESS, StepLosses(), objective)  # type: ignore[arg-type]
+    guard = StepLoss(None, SINGLE_PROCESS, StepLosses(), objective)  # type: ignore[arg-type]
     trained = [one for one in model.parameters() if one.requires_grad]
     guard.norm = lambda: kernels.global_norm([one.grad for one in trained if one.grad is not None])
     optimizer = torch.optim.AdamW(trained, foreach=True)

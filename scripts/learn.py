@@ -4,10 +4,10 @@
     python scripts/learn.py tables
 
 `run` trains what is not yet in `scripts/learning/results.jsonl`, a line for each run, in the order of
-`learning/experiments.py`,
-and scores each adapter in float32 on the same 200 held-out rows of its task and on unrelated text. DIRECTORY keeps the
-downloads, the rows (see `learning/tasks.py`) and the smaller model. Several processes can work side by side: each takes
-the next run that none has. `tables` prints the tables of scripts/README.md from the file of results.
+`learning/experiments.py`, and scores each adapter in float32 on the same 200 held-out rows of its task and on unrelated
+text. DIRECTORY keeps the downloads, the rows (see `learning/tasks.py`) and the smaller model. Several processes can
+work side by side: each takes the next run that none has. `tables` prints the tables of the pages in scripts/learning
+from the file of results.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from learning import averaging, models, tables, tasks
+from learning import models, tables, tasks
 from learning.experiments import EXPERIMENTS, Spec
 from loratune import config, data
 from loratune.adapter import loading
@@ -99,13 +99,8 @@ def config_of(one: Spec, paths: Mapping[str, Path], work: Path, output: Path) ->
     return values
 
 
-def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, TrainedAdapter, dict[float, Path]]:
-    """Train as the command does.
-
-    Returns:
-        The adapter directory, the result, and directories with the average of the weights over the last steps, by the
-        part of all steps; none unless the run asks for them.
-    """
+def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, TrainedAdapter]:
+    """Train as the command does. Returns the adapter directory and the result."""
     output = work / "adapters" / name_of(one)
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".json")
@@ -115,13 +110,9 @@ def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Train
     file.write_text(json.dumps(values))
     run = config.load(file)
     ready = preflight.check(run, run_dir.check(run.output_dir, overwrite=True))
-    with averaging.observed(one.get("average", ()), _steps(one)) as averages:
-        result = train_run(ready, allow_worse=True)
+    result = train_run(ready, allow_worse=True)
     assert result is not None
-    averaged = {part: output.with_name(f"{output.name}-{part:g}") for part in averages.parts}
-    for part, place in averaged.items():
-        averages.write(part, output, place)
-    return output, result, averaged
+    return output, result
 
 
 def _files(one: Spec, work: Path) -> dict[str, Path]:
@@ -140,12 +131,6 @@ def _start(one: Spec, work: Path) -> Path:
             scores = score(place, paths["held_out"], unrelated_text(work), base=False, dtype="bfloat16")
             _append({"name": name, "task": one["task"]} | scores)
     return place
-
-
-def _steps(one: Spec) -> int:
-    settings = TRAINING | {key.partition(".")[2]: value for key, value in one["settings"].items()}
-    whole = int(-(-one["rows"] // settings["per_device_train_batch_size"]) * settings["num_train_epochs"])
-    return int(settings.get("max_steps", whole))
 
 
 def score(
@@ -276,7 +261,7 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
     """Train a run, score it, and write the result down."""
     held_out = one.get("held_out", tasks.HELD_OUT)
     paths, start = _files(one, work), time.monotonic()
-    adapter, result, averaged = train(one, paths, work)
+    adapter, result = train(one, paths, work)
     middle = time.monotonic()
     base_name = f"base {one['model']} {one['task']}{f' {held_out}' if 'held_out' in one else ''}"
     if base_name not in {entry["name"] for entry in recorded()}:
@@ -290,15 +275,8 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
         "tokens": result.tokens,
         "seconds": round(middle - start, 1),
     }
-    if one in EXPERIMENTS["early"]():
-        held_out = [(entry["step"], entry["eval_loss"]) for entry in result.curve if "eval_loss" in entry]
-        figures["held_out"] = [[int(step), loss] for step, loss in held_out if step]
     if "start" in one:
-        figures["side_effects"] = dict(result.side_effects)
-    for part, place in averaged.items():
-        known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}
-        _append(known | score(place, paths["held_out"], text, base=False))
-        shutil.rmtree(place)
+        figures["side_effects"] = result.side_effects
     _append({"name": name_of(one)} | one | figures | scores)
     shutil.rmtree(adapter)
     adapter.with_suffix(".json").unlink()

@@ -1,6 +1,6 @@
 """Measure training, answers, evaluation and merging of a large base on a small machine.
 
-    python scripts/measure_large.py [--shape 7B|1B|tiny] [--base DIR] [8bit 4bit none ...]
+    python scripts/measure_large.py [--shape 0.5B|1B|1.5B|4B|7B|8B|tiny] [--base DIR] [8bit 4bit none ...]
 
 The base has random weights and SmolLM2's tokenizer; it is made in DIR unless it is there. Each quantization trains on
 the rows of the quickstart, two rows a batch, in a process of its own. A line of the table is printed for each: the time
@@ -25,8 +25,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
-QUICKSTART = ROOT / "configs" / "quickstart"
+QUICKSTART = ROOT / "loratune" / "data" / "quickstart"
 SHAPES = {
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
     "tiny": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 8},
@@ -36,7 +40,7 @@ STEP = re.compile(r"step +\d+/\d+ +loss")
 
 
 def make_base(directory: Path, shape: str, tokenizer: Path = SMOLLM2, device: str = "cpu") -> None:
-    """Write the base, a file for each layer and one for the rest, of which only one is in memory.
+    """Write the base, a file for each layer and one for the rest; only one is in memory.
 
     Args:
         directory: Appears once it is whole.

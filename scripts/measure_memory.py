@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
-QUICKSTART = ROOT / "configs" / "quickstart"
+QUICKSTART = ROOT / "loratune" / "data" / "quickstart"
 
 
 @dataclass(frozen=True)

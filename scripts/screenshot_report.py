@@ -59,7 +59,7 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """A tab of a headless browser. events: what it has told since the last page was opened."""
+    """A tab of a headless browser. events: what it has reported since the last page was opened."""
 
     def __init__(self, sending: int, receiving: int):
         self._to, self._from, self._number = sending, os.fdopen(receiving, "rb"), 0

@@ -30,13 +30,13 @@ from fork_server import Child, ForkServer, fork_server
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
-ROWS = ROOT / "configs" / "quickstart" / "train.jsonl"
+ROWS = ROOT / "loratune" / "data" / "quickstart" / "train.jsonl"
 TOKENIZER = ROOT / "models" / "SmolLM2-135M-Instruct"
 WEIGHTS = "adapter_model.safetensors"
 
 
 def prepare(scratch: Path, steps: int) -> Path:
-    """A model and the config of a run of so many steps."""
+    """A model and the config of a run with a number of steps."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape))

@@ -15,19 +15,19 @@ from collections import Counter
 
 import numpy as np
 
-from loratune.compare.gain import Gain
+from loratune.compare.losses import LossComparison
 from loratune.compare.metrics import RowLosses
-from loratune.compare.verdict import Answers, Name, decide
+from loratune.compare.verdict import Answers, Name, decide_verdict
 from loratune.training.comparisons import LEAST_TO_JUDGE
 
 ROWS = (8, 24, 39, 60, 200)
 """Validation rows."""
 STEPS = (1, 5, 20)
-"""Evaluations, of which the one with the lowest loss is kept."""
+"""Evaluations; the step of the one with the lowest loss is kept."""
 AGAIN = (0.5, 0.95)
 """Correlation of a row's margins at two evaluations that follow each other."""
 HEAVY = 1.5
-"""How heavy the tails of margins are: they are the hyperbolic sine of so many times a normal variable."""
+"""How heavy the tails of margins are: they are the hyperbolic sine of a multiple of a normal variable."""
 SKEW = 1.0
 """Deviation of the logarithm of the tokens of a row."""
 
@@ -53,7 +53,7 @@ def verdict_of(rows: int, steps: int, again: float, seed: int, *, labels: bool, 
         first *= knows
         constant = (dice.random(len(judge)) < 0.5).astype(float)
         answers = Answers.of(first, second, np.ones(len(judge)), ("label", constant), looks)
-    return decide(Gain.of(base, adapter, "validation"), answers, looks=looks)
+    return decide_verdict(LossComparison.of(base, adapter, "validation"), answers, looks=looks)
 
 
 def main() -> None:

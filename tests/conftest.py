@@ -4,15 +4,16 @@ import fcntl
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
-from loratune.kernels.compiled import self_test
 from loratune.memory import activations
-from loratune.system import kept_results
+from loratune.system.cache import RESULTS
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.environ["LORATUNE_VERBOSE"] = "1"  # most tests look at choices, reasons and single steps
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -69,14 +70,46 @@ class Ran:
     err: str
 
     @property
-    def errors(self) -> list[str]:
-        """The text after `error: ` in each line of stderr that starts with it; or the same from the line of JSON."""
+    def errors(self) -> list["ErrorText"]:
+        """The errors on stderr, from its lines or its line of JSON."""
         lines = self.err.splitlines()
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        for one in json.loads(lines[-1])["errors"] if lines and lines[-1].startswith('{"exit_code"') else ():
-            head = ": ".join(filter(None, (one["place"], one["key"], one["what"])))
-            told.append(f"{head} [{one['code']}]; {one['fix']}")
-        return told
+        if lines and lines[-1].startswith('{"exit_code"'):
+            found = [(one["code"], one["place"], one["key"], one["what"], one["fix"]) for one in _reported(lines[-1])]
+            return [ErrorText(f"{': '.join(filter(None, head))}; {fix}", code) for code, *head, fix in found]
+        return [problem_text(line) for line in lines if _ERROR.match(line)]
+
+
+def _reported(line: str) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(line)["errors"]
+    return found
+
+
+class ErrorText(str):
+    """The text of an error without its code."""
+
+    code: str
+
+    def __new__(cls, text: str, code: str = "") -> "ErrorText":
+        made = super().__new__(cls, text)
+        made.code = code
+        return made
+
+
+_ERROR = re.compile(r"error(?:\[(?P<code>[a-z_.]+)\])?: (?P<text>.*)")
+
+
+def problem_text(line: str) -> ErrorText:
+    """The error in a line `error[code]: text`; another line as it is."""
+    match = _ERROR.match(line)
+    return ErrorText(match["text"], match["code"] or "") if match else ErrorText(line)
+
+
+def mainly(fast: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases of a parametrized test, those that are not among the fast ones marked as slow."""
+    return [
+        one if one in fast else pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.slow)
+        for one in cases
+    ]
 
 
 @cache
@@ -105,7 +138,7 @@ COMMANDS_WITH_JSON = {*json.loads((ROOT / "loratune" / "cli" / "schemas.json").r
 def check_printed(command: str, ran: Ran) -> None:
     """Check what a command has printed with `--json`: values of its schema on stdout; if it failed, an error of its
     schema as the last line of stderr."""
-    texts = ran.out.splitlines() if command == "generate" else [ran.out] if ran.out.strip() else []
+    texts = ran.out.splitlines() if command in ("generate", "classify") else [ran.out] if ran.out.strip() else []
     for text in texts:
         printed_schema(command).validate(json.loads(text))
     if ran.code:
@@ -121,7 +154,9 @@ Expected = tuple[Code, str, str]
 def is_problem(line: str, expected: Expected) -> bool:
     """Whether a printed problem has this code, and begins with this place and this key."""
     code, *head = expected
-    return f" [{code}]" in line and line.startswith(": ".join([*filter(None, head), ""]) if any(head) else "")
+    found = line.code if isinstance(line, ErrorText) else ""
+    is_right = found == code or f" [{code}]" in line
+    return is_right and line.startswith(": ".join([*filter(None, head), ""]) if any(head) else "")
 
 
 def check_refused(ran: Ran, exit_code: int, *expected: Expected) -> None:
@@ -160,7 +195,7 @@ def _no_kept_results_at_first(tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Results of checks are kept for the fixtures of a session."""
     path = tmp_path_factory.mktemp("results") / "kept"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_results, "directory", lambda: path)
+        patch.setattr("loratune.system.cache.RESULTS", replace(RESULTS, place=lambda: path))
         yield
 
 
@@ -168,10 +203,8 @@ def _no_kept_results_at_first(tmp_path_factory: pytest.TempPathFactory) -> Itera
 def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the results of checks are kept in a test: a test that breaks something must not decide others."""
     path = tmp_path_factory.getbasetemp() / f"kept-{uuid.uuid4().hex}"
-    monkeypatch.setattr(kept_results, "directory", lambda: path)
-    self_test._known.cache_clear()
+    monkeypatch.setattr("loratune.system.cache.RESULTS", replace(RESULTS, place=lambda: path))
     yield path
-    self_test._known.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

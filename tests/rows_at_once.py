@@ -19,7 +19,7 @@ from loratune.data.report import Report
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 
 COUNT = 12
-OLD = time.time() - (token_cache.KEPT_DAYS + 1) * 86400
+OLD = time.time() - (token_cache.ROWS.days + 1) * 86400
 
 
 def key(number: int) -> str:
@@ -44,7 +44,7 @@ def take_part(cache: Path, number: int, role: int) -> int:
         if role % 4 == 3:
             with suppress(FileNotFoundError):
                 os.utime(cache / "loratune" / key(number), (OLD, OLD))
-            token_cache.remove_old_entries()
+            token_cache.ROWS.remove_old()
         elif not whole(token_cache.load_or_write(key(number), fill)):
             print("other rows than there are", file=sys.stderr)
             return 1

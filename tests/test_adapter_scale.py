@@ -115,11 +115,11 @@ def test_scales_of_a_program_are_checked_as_those_of_a_command(adapter: Path) ->
     for scales in ([], [3.0], [0.5] * 51):
         with pytest.raises(ConfigError) as error:
             opened.evaluate_scales(ROWS, scales)
-        assert meanings(error.value)[0][::2] == (Code.USAGE_BAD_VALUE, "--adapter-scale")
+        assert meanings(error.value)[0][::2] == (Code.USAGE_BAD_VALUE, "scales")
     for method in (partial(opened.evaluate_scales, scales=[1]), opened.evaluate):
         with pytest.raises(ConfigError) as error:
             method(rows, metrics="contains")
-        assert meanings(error.value)[0][::2] == (Code.USAGE_CONFLICT, "--metric")
+        assert meanings(error.value)[0][::2] == (Code.USAGE_CONFLICT, "metrics")
 
 
 # The removed key `training.adapter_scale`

@@ -123,7 +123,6 @@ TAKING_A_PATH = {
     "explain": ["lora.r", "PATH"],
     "evaluate": ["--adapter", "PATH", "--data", "rows.jsonl"],
     "report": ["--adapter", "PATH"],
-    "report --study": ["--study", "PATH"],
     "generate": ["--adapter", "PATH", "hi"],
     "generate --input": ["--adapter", "gone", "--input", "PATH"],
     "merge": ["--adapter", "PATH", "--output", "merged"],
@@ -230,7 +229,7 @@ def test_errors_are_one_line_of_json(name: str, cli: Cli, tmp_path: Path, monkey
 def test_without_json_errors_are_text_again(cli: Cli) -> None:
     """Also right after a command with it, and if `--json` is a prompt."""
     cli("schema", "--for", "nope", "--json")
-    assert cli("schema", "--for", "nope").err.startswith("error: --for: ")
+    assert cli("schema", "--for", "nope").errors[0].startswith("--for: ")
     assert cli("generate", "--adapter", "gone", "--", "--json").errors and cli("train").err.startswith("Usage: ")
 
 

@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
+import peft
 import pytest
 import torch
 import transformers
@@ -63,6 +65,7 @@ def test_importing_loratune_does_not_import_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_what_was_frozen_is_collected_at_the_end_of_a_program(folder: Path, config: loratune.RunConfig) -> None:
     """Native code, such as nanobind in Triton 3.9, would otherwise report it as leaked."""
     told = "print(gc.get_freeze_count() > 100_000, flush=True)"
@@ -174,6 +177,60 @@ def test_an_adapter_generates(adapter: loratune.Adapter) -> None:
     assert sampled[0] == sampled[1]
 
 
+def test_a_stream_gives_what_generate_gives_piece_by_piece(adapter: loratune.Adapter) -> None:
+    base = loratune.Adapter(adapter.path, scale=0)  # which writes until the limit
+    stop = base.generate("3 and 3 make", max_new_tokens=40)[0][10:13]
+    for options in ({}, {"stop": [stop]}, {"temperature": 0.8, "seed": 3}):
+        for one in (adapter, base):
+            whole = one.generate("3 and 3 make", max_new_tokens=40, **options)[0]
+            pieces = [*one.stream("3 and 3 make", max_new_tokens=40, **options)]
+            assert "".join(pieces) == whole.removesuffix("\n") and "" not in pieces
+    drawn = ([*base.stream("3 and 3 make", max_new_tokens=200, temperature=1.5, seed=seed)] for seed in range(9))
+    assert max(map(len, drawn)) > 2
+    with pytest.raises(loratune.ConfigError, match="exceed"):
+        adapter.stream("3 and 3 make", max_new_tokens=10**6)
+
+
+def test_a_stream_that_is_closed_ends_its_thread(adapter: loratune.Adapter) -> None:
+    """And leaves the turn to others."""
+    base, count = loratune.Adapter(adapter.path, scale=0), threading.active_count()
+    made = {
+        seed: base.generate("3 and 3 make", max_new_tokens=200, temperature=1.5, seed=seed)[0] for seed in range(20)
+    }
+    options: Any = {"temperature": 1.5, "seed": max(made, key=lambda seed: len(made[seed]))}  # one that ends late
+    begun = base.stream("3 and 3 make", max_new_tokens=200, **options)
+    first = next(begun)
+    assert threading.active_count() == count + 1
+    begun.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == count
+    assert base.generate("3 and 3 make", max_new_tokens=200, **options)[0].startswith(first)
+
+
+def test_the_model_and_tokenizer_of_an_adapter_are_those_of_peft(adapter: loratune.Adapter) -> None:
+    ids = adapter.tokenizer("3 and 3 make", return_tensors="pt").input_ids
+    with torch.no_grad():
+        own = adapter.model(input_ids=ids).logits
+        stock = transformers.AutoModelForCausalLM.from_pretrained(adapter.base, dtype=own.dtype)
+        expected = peft.PeftModel.from_pretrained(stock, str(adapter.path)).eval()(input_ids=ids).logits
+    assert torch.allclose(own.float(), expected.float(), atol=0.02)
+
+
+def test_a_comparison_shows_itself(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None:
+    found = adapter.evaluate(folder / "held-out.jsonl")
+    printed = cli("evaluate", "--adapter", adapter.path, "--data", folder / "held-out.jsonl").out
+    lines = repr(found).splitlines()
+    assert lines[0] in printed and all(line in printed for line in lines[2:]) and len(lines) > 5
+    html = found._repr_html_()
+    assert html.count("<table") == 2 and "exact match" in html and "<b>" in html
+    rows = found.to_pandas()
+    assert len(rows) == len(found.rows) and rows["adapter.answer"].iloc[0] == found.rows[0].answers["adapter"].text
+    assert rows["base.loss"].iloc[0] == pytest.approx(found.rows[0].answers["base"].loss / found.rows[0].count)
+    frame = found.to_pandas("metrics").set_index(["model", "metric"])
+    interval = found.scores["adapter"].intervals["loss"]
+    assert frame.loc[("adapter", "loss"), "value"] == found.metrics["adapter"]["loss"]
+    assert interval is not None and frame.loc[("adapter", "loss"), "high"] == interval.high
+
+
 def test_an_adapter_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None:
     comparison = adapter.evaluate(folder / "held-out.jsonl")
     ran = cli("evaluate", "--adapter", adapter.path, "--data", folder / "held-out.jsonl", "--json")
@@ -191,11 +248,11 @@ def test_an_adapter_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli)
 
 
 def test_options_without_effect_are_refused(adapter: loratune.Adapter, folder: Path) -> None:
-    """By their names on the command line; without reading rows, or writing anything."""
+    """By their names; without reading rows, or writing anything."""
     calls: dict[str, Callable[[], object]] = {
-        "--limit": lambda: adapter.evaluate("missing.jsonl", limit=3),
-        "--allow-overlap": lambda: adapter.evaluate("missing.jsonl", allow_overlap=True),
-        "--adapter-scale": lambda: adapter.report(folder / "unwritten.html", scales=[0.5]),
+        "limit": lambda: adapter.evaluate("missing.jsonl", limit=3),
+        "allow_overlap": lambda: adapter.evaluate("missing.jsonl", allow_overlap=True),
+        "scales": lambda: adapter.report(folder / "unwritten.html", scales=[0.5]),
         "overrides": lambda: loratune.explain("lora.r", overrides={"lora.r": 4}),
     }
     for key, call in calls.items():

@@ -5,16 +5,19 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS, config_in
+from conftest import ROWS, Ran, config_in
 
 import loratune
+from loratune import config as configs
 from loratune.api.params import adapter_stats
 from loratune.api.push import push
+from loratune.cli import options
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -103,7 +106,6 @@ def test_no_argument_ends_in_an_error_of_python(
         (loratune.sweep, {"config": config, "grid": {"lora.r": [2]}, "overwrite": True, "trials": 1}),
         (loratune.init, {"rows": folder / "rows.jsonl", "model": config.model.name_or_path}),
         (loratune.count_parameters, {"config": config}),
-        (loratune.report_study, {"directory": folder / "none", "output": folder / "study.html"}),
         (loratune.Adapters, {"adapters": {"one": path}, "use": None, "mix": None, "scale": 1.0}),
         (loratune.Adapter, {"path": path, "scale": 1.0}),
         (sampled, {"temperature": 0.5}),
@@ -156,7 +158,7 @@ def test_the_message_names_the_parameter_and_what_it_got(
         "question": (lambda: adapter.chat().ask(""), "empty"),
         "stop": (lambda: adapter.generate("a", stop="a"), "a list"),
         "grid: lora.r": (lambda: loratune.sweep(config, {"lora.r": 2}), "a list"),  # type: ignore[dict-item]
-        "--adapter": (lambda: loratune.Adapters({}), "no adapter"),
+        "adapters": (lambda: loratune.Adapters({}), "no adapter"),
         "mix: one": (lambda: loratune.Adapters({"one": "a"}, mix={"one": "a"}), "a number"),  # type: ignore[dict-item]
         "scale": (lambda: loratune.Adapter(adapter.path, scale="1"), "a number"),  # type: ignore[arg-type]
         "output": (lambda: adapter.report(b"page"), "a path"),  # type: ignore[arg-type]
@@ -195,3 +197,78 @@ def test_paths_and_numbers_of_numpy_are_taken(
     texts = adapter.generate(pandas.Series(["3 and", "4 and"]), max_new_tokens=np.int64(2), stop=("x",))
     assert texts == adapter.generate(["3 and", "4 and"], max_new_tokens=2, stop=["x"])
     assert loratune.Adapter(adapter.path, scale=np.float32(0.5)).scale == 0.5
+
+
+def test_errors_name_parameters_and_those_of_a_command_its_options(
+    config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """The same error of a function and of the command that calls it: its place, its key, and words in it."""
+    path, rows, out, taken = adapter.path, folder / "rows.jsonl", tmp_path / "out", tmp_path / "taken"
+    taken.mkdir()
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html>")
+    file = tmp_path / "config.yaml"
+    file.write_text(configs.dump(config))
+    one, named = ["--adapter", path], {"one": path, "two": tmp_path}
+    several = ["--adapter", f"one={path}", "--adapter", f"two={tmp_path}"]
+    evaluate, sweep = ["evaluate", *one, "--data", rows], ["sweep", file]
+    cases: list[tuple[Callable[[], object], list[Any], str, str, dict[str, str]]] = [
+        (lambda: adapter.evaluate(rows, metrics="exact"), [*evaluate, "--metric", "exact"], "metrics", "--metric", {}),
+        (lambda: adapter.evaluate(rows, limit=2), [*evaluate, "--limit", 2], "limit", "--limit",
+         {"only works with `tasks=...`": "only works with --tasks"}),
+        (lambda: adapter.evaluate(rows, require="a.b>0"), [*evaluate, "--require", "a.b>0"], "require", "--require",
+         {"name it with `tasks='a'`": "name it with --tasks a"}),
+        (lambda: adapter.evaluate(rows, require="loss<9"), [*evaluate, "--require", "loss<9"],
+         f"{rows}: require", f"{rows}: --require", {"use `allow_overlap=True`": "use --allow-overlap"}),
+        (lambda: adapter.evaluate_scales(rows, [3.0, 1.0]), [*evaluate, "--adapter-scale", "3,1"],
+         "scales", "--adapter-scale", {}),
+        (lambda: loratune.Adapter(path, scale=3.0), ["generate", *one, "--adapter-scale", 3, "a"],
+         "scale", "--adapter-scale", {}),
+        (lambda: adapter.generate("a", top_k=3), ["generate", *one, "--top-k", 3, "a"], "top_k", "--top-k", {}),
+        (lambda: adapter.generate("a", max_new_tokens=600), ["generate", *one, "--max-new-tokens", 600, "a"],
+         "prompt 1", "prompt 1", {"set `max_new_tokens=...` to 5": "set --max-new-tokens to 5"}),
+        (lambda: loratune.Adapters(["a", "b"]), ["generate", "--adapter", "a", "--adapter", "b", "c"],
+         "a: adapters", "a: --adapter", {"`adapters=['NAME=DIR']`": "--adapter NAME=DIR"}),
+        (lambda: loratune.Adapters(named, use="one", mix="one:1"),
+         ["generate", *several, "--use", "one", "--mix", "one:1", "a"],
+         "give `use=...` or `mix=...`, not both", "give --use or --mix, not both", {}),
+        (lambda: loratune.Adapters(named).export("peft", out), ["export", *several, "--to", "peft", "--output", out],
+         "mix", "--mix", {"`mix='sql:0.7,tone:0.3'`": "--mix sql:0.7,tone:0.3"}),
+        (lambda: adapter.export("vllm", out, base_gguf=rows),
+         ["export", *one, "--to", "vllm", "--output", out, "--base-gguf", rows], "base_gguf", "--base-gguf",
+         {"`to='gguf'` and `to='ollama'`": "--to gguf and --to ollama"}),
+        (lambda: adapter.merge(taken), ["merge", *one, "--output", taken], f"{taken}: output", f"{taken}: --output",
+         {"replace it with `overwrite=True`": "replace it with --overwrite"}),
+        (lambda: adapter.report(page), ["report", *one, "--output", page], f"{page}: output", f"{page}: --output",
+         {"replace the file with `overwrite=True`": "replace the file with --overwrite"}),
+        (lambda: push(path, "me/it", base="a"), ["push", "me/it", *one, "--base", "a"], "a: base", "a: --base", {}),
+        (lambda: loratune.load_config(file, {"lora.r": 0}), ["train", file, "--set", "lora.r=0"],
+         "`overrides=...`: lora.r", "--set: lora.r", {}),
+        (lambda: loratune.init(rows, model=config.model.name_or_path, overrides=["data.train=a"]),
+         ["init", rows, "--model", config.model.name_or_path, "--set", "data.train=a"],
+         "`overrides=...`: data.train", "--set: data.train", {"also given by `rows=...`": "also given by DATA"}),
+        (lambda: loratune.train(config), ["train", file], f"{path}: output_dir", f"{path}: output_dir",
+         {"`overwrite=True`": "--overwrite"}),
+        (lambda: loratune.train(config, resume=["lora.r"]), ["train", file, "--resume"], str(path), str(path),
+         {"without `resume=True`": "without --resume"}),
+        (lambda: loratune.sweep(config, []), sweep, "`grid=...`", "--grid",
+         {"`grid=['training.learning_rate=1e-4,3e-4,1e-3']`": "--grid training.learning_rate=1e-4,3e-4,1e-3"}),
+        (lambda: loratune.sweep(config, ["lora.r=2..4"]), [*sweep, "--grid", "lora.r=2..4"], "grid", "--grid",
+         {"give `trials=...` or `budget=...`": "give --trials or --budget"}),
+    ]  # fmt: skip
+    for call, command, parameter, option, words in cases:
+        with pytest.raises(loratune.LoratuneError) as caught:
+            call()
+        said, ran = str(caught.value), cli(*command)
+        assert said.startswith(parameter) and all(one in said for one in words), said
+        assert "--" not in said.replace("--set output_dir=NEW", ""), said
+        assert len(ran.errors) == 1 and ran.errors[0].startswith(option), ran.err
+        assert all(one in ran.err for one in words.values()) and "=..." not in ran.err, ran.err
+
+
+def test_what_users_write_is_not_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = SimpleNamespace(name="output", opts=["--output"], param_type_name="option", secondary_opts=[])
+    options.use_options([output])
+    assert options.as_options("`output=x`: replace it, `overwrite=True`") == "--output x: replace it, --overwrite"
+    monkeypatch.setattr(sys, "argv", ["loratune", "merge", "--output", "`output=x`/y"])
+    assert options.as_options("`output=x`/y: replace it, `overwrite=True`") == "`output=x`/y: replace it, --overwrite"

@@ -19,7 +19,6 @@ from loratune.compare import base_results, behavior
 from loratune.compare.base_results import BaseResults
 from loratune.compare.engine import Engine
 from loratune.config import DataSection
-from loratune.data import token_cache
 from loratune.lora import attach, tensors
 from loratune.lora.tensors import BaseSnapshot
 from loratune.system.launcher import Group
@@ -160,4 +159,3 @@ def test_only_the_main_process_reads_and_writes(cache: Path) -> None:
     assert base_results.kept("x", lambda: own + 1, Second([3.0])).tolist() == [3.0]
     assert len([*cache.glob("*.values")]) == 1
     assert base_results.kept("y", lambda: own * np.nan).size == 1 and len([*cache.glob("*.values")]) == 1
-    assert token_cache.load_values("0" * 64) is None

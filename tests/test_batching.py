@@ -21,7 +21,7 @@ from loratune.compare.objectives import Formula
 from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import PreferenceSection
 from loratune.data import TokenizedDataset
-from loratune.data.batches import padding_is_cheaper
+from loratune.data.batch_check import padding_is_cheaper
 from loratune.data.packing import LEAST_SHARED, PrefixTree
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
 from loratune.lora import attach

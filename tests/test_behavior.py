@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, tiny_llama, write_rows
+from conftest import Ran, mainly, tiny_llama, write_rows
 from peft import PeftModel
 from running import MakeConfig
 from torch.nn import functional
@@ -64,7 +64,7 @@ def by_hand(base_dir: Path, out: Path, *, chat: bool) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("chat", mainly([True], [True, False]))
 def test_the_numbers_equal_those_of_stock_peft(
     chat: bool, cli: Run, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
@@ -127,6 +127,7 @@ def test_a_run_reports_why_nothing_was_measured(
     )
 
 
+@pytest.mark.slow
 def test_with_a_time_budget_the_base_answers_before_steps_are_timed(
     cli: Run, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +183,8 @@ def test_one_answer_of_24_does_not_move_the_line() -> None:
 
 def test_a_low_agreement_is_reported() -> None:
     far = Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6, Interval(0.5, 0.7))
-    assert far.remark.startswith("the model no longer answers as its base elsewhere: the same next token for 60%")
+    assert far.has_suffered
     assert (
-        not Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6, Interval(0.4, 0.81)).remark
-        and not Behavior(unknown="no room").remark
+        not Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6, Interval(0.4, 0.81)).has_suffered
+        and not Behavior(unknown="no room").has_suffered
     )

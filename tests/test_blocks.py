@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROWS, config_in, meanings, write_rows
+from conftest import ROWS, config_in, mainly, meanings, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, Cli, MakeConfig, interrupt
 from test_preparing import checked, prepared
@@ -299,11 +299,12 @@ COPIES = {
 """`max_length`, and the weights of the copies of each of twelve texts, each times the number of the text."""
 
 
-@pytest.mark.parametrize(("length", "weights"), COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("copies", mainly(("split", "whole, twice with different weights"), COPIES))
 def test_copies_of_weighted_texts_are_counted(
-    length: int, weights: list[float], run_config: MakeConfig, cli: Cli, tmp_path: Path, trained: Path
+    copies: str, run_config: MakeConfig, cli: Cli, tmp_path: Path, trained: Path
 ) -> None:
     """Gain, held-out loss, test rows and `evaluate` agree on losses, and count rows and supervised tokens."""
+    length, weights = COPIES[copies]
     is_weighted = weights != [1.0] * len(weights)
     held_out = [
         {"text": words(15 + 10 * number, number), "importance": weight * (number + 1 if is_weighted else 1)}
@@ -349,7 +350,7 @@ def test_overlapping_and_given_documents_may_weigh(renderer: Renderer, tmp_path:
     assert dataset.rows.weights is not None and dataset.rows.weights.tolist() == [3, 3, 3, 1]
 
 
-@pytest.mark.parametrize("packing", ["batch", "full", "none"])
+@pytest.mark.parametrize("packing", mainly(["batch"], ["batch", "full", "none"]))
 def test_a_run_on_blocks_is_resumed_exactly(
     packing: str, trained: Path, run_config: MakeConfig, processes: ForkServer, cli: Cli, tmp_path: Path
 ) -> None:
@@ -372,8 +373,8 @@ def test_the_default_of_earlier_releases_is_kept_on_resume(run_config: MakeConfi
     run = config.load(run_config(), [])
     recorded = run.model_dump(mode="json")
     recorded["data"]["truncation"] = "keep_completion"
-    assert auto.kept(run, recorded)["data.truncation"] == "keep_completion"
-    assert "data.truncation" not in auto.kept(run, run.model_dump(mode="json"))
+    for values, expected in ((recorded, "keep_completion"), (run.model_dump(mode="json"), config.AUTO)):
+        assert auto.with_decided(run, auto.recorded_values(values))[0].data.truncation == expected
 
 
 # Text files
@@ -542,7 +543,7 @@ def test_init_proposes_documents_and_blocks(
         assert ran.code == 0, ran.err
         values = yaml.safe_load(Path(f"{folder}.yaml").read_text())["data"]
         assert values["sample_by"] == "document" and values["max_length"] == 512  # the context
-        assert f"{count}, text, in " in ran.out
+        assert f"{count}: texts, in " in ran.out
     ran = cli("train", "docs.yaml", "--set", "training.max_steps=1")
     assert ran.code == 0, ran.err
     one = tmp_path / "one.txt"

@@ -116,8 +116,11 @@ def test_the_card_names_the_datasets_of_the_hub() -> None:
     metrics: dict[str, Any] = {"first_loss": 2.0, "last_loss": 1.0, "steps": 1, "tokens": 9, "held_out_loss": None}
     metrics |= {"held_out_interval": None, "gain": {"unit": "token"}}
     messages = [{"role": "user", "content": "Hi \u202e: - {x}"}]
-    texts = dict.fromkeys(("use", "verdict", "gain", "forgetting", "unrelated", "behavior"), "")
-    lines = cards.CardLines(**texts, held_out=(), formats=["text"], example={"messages": messages}, changes=())
+    texts = dict.fromkeys(("use", "verdict", "gain"), "")
+    effects = {"unrelated text": "", "base's answers": ""}
+    lines = cards.CardLines(
+        **texts, side_effects=effects, held_out=(), formats=["text"], example={"messages": messages}, changes=()
+    )
     card = ModelCard(cards.model_card(run.resolved(), metrics, "my out", lines))
     assert card.data.datasets == ["me/rows", "squad", "me/test"] and card.data.get("widget") == [{"messages": messages}]
     assert not {"base_model", "license", "model_name", "model-index"} & {*card.data.to_dict()}

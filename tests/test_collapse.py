@@ -1,7 +1,6 @@
 """A collapsed adapter, which predicts the same after every prompt, is not published, and fails every requirement."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune.codes import Code
 from loratune.compare import collapse
 from loratune.compare.collapse import PromptSensitivity
+from loratune.compare.losses import LossComparison
 from loratune.compare.verdict import GOOD
 from loratune.data.rendering.spans import TokenizedRow
 
@@ -115,11 +115,11 @@ REASONS: dict[str, tuple[tuple[float, float], tuple[float, float], str, str]] = 
 @pytest.mark.parametrize("name", REASONS)
 def test_reasons_for_a_collapse(name: str) -> None:
     (base_distance, distance), (base, loss), unit, reason = REASONS[name]
-    loss = loss if unit == "token" else math.nan
-    losses = "9 training rows", loss, base, 264
-    found = collapse.reason(PromptSensitivity(8, base_distance, distance, 0.0, 1.0), *losses)
+    losses = LossComparison("training", 9, 9, 9, 9, unit, adapter=loss, interval=None, base=base)
+    found = collapse.reason(PromptSensitivity(8, base_distance, distance, 0.0, 1.0), losses, "9 training rows", 264)
     assert found.startswith(reason) and bool(found) == bool(reason)
-    assert collapse.reason(None, *losses) == ("" if "the same" in reason else found)
+    without = collapse.reason(None, losses, "9 training rows", 264)
+    assert without == ("" if "the same" in reason else found)
 
 
 def test_a_collapsed_adapter_is_never_published(
@@ -136,15 +136,21 @@ def test_a_collapsed_adapter_is_never_published(
         assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("rate", [0.8, 3.0])
 def test_an_adapter_that_predicts_no_expected_token_has_collapsed(
-    rate: float, cli: Callable[..., Ran], run_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    cli: Callable[..., Ran], run_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Its predictions are nearly the same after every prompt, and never the expected ones."""
+    """Its predictions are nearly the same after every prompt, and never the expected ones. At such a rate the last bits
+    that a processor computes decide whether one seed collapses: five of six did where this was written."""
     model = {"name_or_path": str(sure(tmp_path / "llama", tokenizer, 20))}
-    training = {"learning_rate": rate, "max_steps": 6}
-    config = run_config(model=model, training=training, lora=ALL_LAYERS)
-    check_refused(cli("train", config), 6, (Code.TRAINING_COLLAPSED, "", "training.learning_rate"))
+    for seed in range(8):
+        training = {"learning_rate": 0.8, "max_steps": 6, "seed": seed}
+        config = run_config(model=model, training=training, lora=ALL_LAYERS, output_dir=str(tmp_path / f"out-{seed}"))
+        ran = cli("train", config)
+        if ran.code == 6 and "predicts the same after each of " in ran.err:
+            check_refused(ran, 6, (Code.TRAINING_COLLAPSED, "", "training.learning_rate"))
+            assert not (tmp_path / f"out-{seed}").exists()
+            return
+    pytest.fail("none of the adapters has collapsed")
 
 
 def test_short_prompts_with_one_answer_are_not_a_collapse(

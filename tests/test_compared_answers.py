@@ -21,7 +21,6 @@ from loratune.compare import comparison
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedAnswer, ComparedRow, ModelAnswer
 from loratune.compare.metrics import ADAPTER, BASE, RANKING_ACCURACY, REWARD_ACCURACY, REWARD_MARGIN, metrics_of
-from loratune.compare.requirements import OPTION
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -232,15 +231,16 @@ def test_requirements_on_preferences(adapter: str, rows: str, required: str, met
 @pytest.mark.parametrize(
     ("rows", "arguments", "code", "expected", "said"),
     [
-        ("pairs.jsonl", ["--metric", "contains"], 2, (Code.USAGE_CONFLICT, "pairs.jsonl", "--metric"), "none is writ"),
-        ("pairs.jsonl", ["--require", "exact_match>0.5"], 2, (Code.USAGE_BAD_VALUE, "pairs.jsonl", OPTION),
+        ("pairs.jsonl", ["--metric", "contains"], 2, (Code.USAGE_CONFLICT, "pairs.jsonl", "--metric"), "no model"),
+        ("pairs.jsonl", ["--require", "exact_match>0.5"], 2, (Code.USAGE_BAD_VALUE, "pairs.jsonl", "--require"),
          "take one of loss, reward_accuracy, reward_margin, ranking_accuracy"),
-        ("pairs.jsonl", ["--require", "perplexity<9"], 2, (Code.USAGE_BAD_VALUE, "pairs.jsonl", OPTION), "loss"),
+        ("pairs.jsonl", ["--require", "perplexity<9"], 2, (Code.USAGE_BAD_VALUE, "pairs.jsonl", "--require"), "loss"),
         ("answers.jsonl", ["--require", "ranking_accuracy>0"], 2,
-         (Code.USAGE_BAD_VALUE, "answers.jsonl", OPTION), "desirable_log_probability"),
-        ("text.jsonl", ["--require", "margin>0"], 2, (Code.USAGE_BAD_VALUE, "text.jsonl", OPTION), "one of loss"),
-        ("pairs.jsonl", ["--require", "accuracy>=90"], 2, (Code.USAGE_BAD_VALUE, "", OPTION), "0.9"),
-        ("compared.jsonl", ["--require", "margin>0"], 4, (Code.EVALUATE_OVERLAP, "compared.jsonl", OPTION), "in train"),
+         (Code.USAGE_BAD_VALUE, "answers.jsonl", "--require"), "desirable_log_probability"),
+        ("text.jsonl", ["--require", "margin>0"], 2, (Code.USAGE_BAD_VALUE, "text.jsonl", "--require"), "one of loss"),
+        ("pairs.jsonl", ["--require", "accuracy>=90"], 2, (Code.USAGE_BAD_VALUE, "", "--require"), "0.9"),
+        ("compared.jsonl", ["--require", "margin>0"], 4,
+         (Code.EVALUATE_OVERLAP, "compared.jsonl", "--require"), "in train"),
         ("*s.jsonl", [], 4, (Code.DATA_FORMAT, "pairs.jsonl:1", ""), "only files of that kind"),
         ("text.jsonl", ["--forgetting", "pairs.jsonl"], 4, (Code.DATA_FORMAT, "pairs.jsonl:1", ""), "without"),
     ],

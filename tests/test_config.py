@@ -15,6 +15,7 @@ from loratune import config
 from loratune.codes import Code
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
 from loratune.config.keys import dotted, known_keys
+from loratune.config.yaml_files import OVERRIDES
 from loratune.errors import ConfigError, Problem
 
 SECTIONS = (RunConfig, ModelSection, LoraSection, DataSection, TrainingSection, Source)
@@ -404,6 +405,36 @@ def test_the_nearest_choice_is_suggested(problems: Callable[..., list[Problem]])
 
 
 @pytest.mark.parametrize(
+    ("lines", "place", "what"),
+    [
+        (
+            ["  name_or_path: a", "   dtype: auto"],
+            3,
+            "line 3 is indented deeper than line 2, which has a value already",
+        ),
+        (["  name_or_path: a", "", "  # dtype", "    dtype: auto"], 5, "line 5 is indented deeper than line 2"),
+        (["  name_or_path: a", " dtype: auto"], 3, "line 3 is indented less than line 2, and not as any line above it"),
+        (["  name_or_path: [a", "   dtype: auto"], 3, "invalid or unsupported YAML"),
+    ],
+)
+def test_wrong_indentation_is_said(tmp_path: Path, lines: list[str], place: int, what: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("\n".join(["model:", *lines, "output_dir: o", ""]))
+    with pytest.raises(ConfigError) as raised:
+        config.load(path)
+    [problem] = raised.value.problems
+    assert problem.where.startswith(f"{path}:{place}") and problem.what.startswith(what), problem
+
+
+def test_an_unindented_key_belongs_under_the_empty_section(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model:\n  name_or_path: a\ndata:\ntrain: rows.jsonl\noutput_dir: o\n")
+    with pytest.raises(ConfigError) as raised:
+        config.load(path)
+    assert [problem.fix for problem in raised.value.problems if problem.key == "train"] == ["indent it under `data:`"]
+
+
+@pytest.mark.parametrize(
     "key, text, code, item, what",
     [
         ("lora.target_modules", "[q, 5]", Code.CONFIG_BAD_VALUE, "[1]", "expected text, got a number 5"),
@@ -545,7 +576,7 @@ def test_an_invalid_assignment_is_reported_as_an_assignment(
     problems: Callable[..., list[Problem]], assignment: str, code: Code, key: str, detail: str
 ) -> None:
     [problem] = problems(SOUND + "lora: {r: 8}\n", assignment)
-    assert meaning(problem) == (code, "--set", key)
+    assert meaning(problem) == (code, OVERRIDES, key)
     assert detail in f"{problem.what}; {problem.fix}"
 
 
@@ -591,7 +622,7 @@ def test_text_is_unchanged_by_dump_and_load(load: Callable[..., RunConfig], name
 @pytest.mark.parametrize("section", SECTIONS)
 def test_sections_are_small_described_frozen_and_strict(section: type[config.ModelSection]) -> None:
     fields = section.model_fields
-    assert 0 < len(fields) <= 22
+    assert 0 < len(fields) <= 23
     if section is not RunConfig:
         assert [name for name, field in fields.items() if not field.description] == []
     instance = section.model_construct()
@@ -608,7 +639,7 @@ def test_a_problem_is_printed_as_one_line(cli: Callable[..., Ran], tmp_path: Pat
     """Place, key, what is wrong, code, and what to do."""
     path = tmp_path / "run.yaml"
     path.write_text(in_section("lora.bais", "all"))
-    line = f"error: {path}:5: lora.bais: unknown key [config.unknown_key]; did you mean `bias`?\n"
+    line = f"error[config.unknown_key]: {path}:5: lora.bais: unknown key; did you mean `bias`?\n"
     assert cli("train", path) == Ran(2, "", line)
 
 

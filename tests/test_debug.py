@@ -16,7 +16,7 @@ from torch import nn
 
 from loratune import kernels
 from loratune.cli.boundary import boundary
-from loratune.data.batches import packing_refusal
+from loratune.data.batch_check import packing_refusal
 from loratune.lora import attach
 
 SILENT = {"signals.py: write_line"}

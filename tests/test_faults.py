@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import check_refused, config_in, is_problem, tiny_llama
+from conftest import check_refused, config_in, is_problem, mainly, problem_text, tiny_llama
 from fork_server import ForkServer
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, handles, run_record, straight, until
 from transformers import PreTrainedTokenizerFast
@@ -101,7 +101,7 @@ def test_a_signal_while_a_line_is_written(
         steps = [int(line.split("/")[0].removeprefix("step ")) for line in lines if line.startswith("step ")]
         assert steps == list(range(1, len(steps) + 1))
         assert [path.name for path in checkpoints(tmp_path / "out.partial")] == [f"checkpoint-{steps[-1]}"]
-        assert sum("stopping after this step" in line for line in lines) == 1 and last.startswith("error: ")
+        assert sum("stopping after this step" in line for line in lines) == 1 and last.startswith("error")
 
 
 def left(end: int) -> bytes:
@@ -159,15 +159,15 @@ from loratune.cli import training
 from loratune.system.output_dir import OutputDirectory
 
 unchanged = {owner}.{name}
-def signalled(*arguments):
+def signalled(*arguments, **named):
     signal.raise_signal(signal.SIGTERM)
-    return unchanged(*arguments)
+    return unchanged(*arguments, **named)
 
 {owner}.{name} = signalled
 """
 
 
-@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("replaces", mainly([True], [False, True]), ids=["new", "replacing"])
 @pytest.mark.parametrize(
     ("owner", "name"),
     [("OutputDirectory", "_take_place"), ("OutputDirectory", "_remove_work"), ("training", "_show_adapter")],
@@ -443,7 +443,10 @@ def test_a_full_disk_at_a_checkpoint(
     fill(disk, 20_000)
     child.send(signal.SIGCONT)
     assert child.wait() == 8, child.said()
-    assert f"[{Code.SYSTEM_DISK_FULL}]; make room, and continue with --resume" in child.said()
+    assert (
+        f"error[{Code.SYSTEM_DISK_FULL}]: " in child.said()
+        and "; make room, and continue with --resume" in child.said()
+    )
     assert "no room for a checkpoint: it takes " in child.said()
     assert checkpoints(disk / "out.partial") and not (disk / "out.partial" / "checkpoints" / "unfinished").exists()
     (disk / "ballast").unlink()
@@ -511,8 +514,8 @@ def test_insufficient_memory_is_detected_at_the_first_step(
     done = forked("train", config, memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
-    assert line.startswith("error: out of memory at step 1, on a batch of 8 x 40"), line
+    assert is_problem(problem_text(line), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
+    assert problem_text(line).startswith("out of memory at step 1, on a batch of 8 x 40"), line
     assert (
         " data.max_length: 2001 (saves about " in line
         and "training.activation_checkpointing: true (saves about " in line
@@ -531,8 +534,8 @@ def test_insufficient_memory_for_an_evaluation_is_detected(
     done = forked("train", run_config(model={"name_or_path": str(wide)}, data=data), memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
-    assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 1 x 80"), line
+    assert is_problem(problem_text(line), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
+    assert problem_text(line).startswith("out of memory in the evaluation after step 0, on a batch of 1 x 80"), line
     assert "lower data.max_length" in line
 
 
@@ -544,7 +547,7 @@ def test_a_nonfinite_held_out_loss(run_config: MakeConfig, cli: Cli, tmp_path: P
     config = run_config(data={"validation": 0.2}, training={"learning_rate": 1e30, "max_steps": 1, "eval_steps": 1})
     ran = cli("train", config)
     check_refused(ran, 6, (Code.TRAINING_NOT_FINITE, "", "data.validation"))
-    assert " after step 1 is nan [" in ran.err and "; lower training.learning_rate" in ran.err
+    assert " after step 1 is nan" in ran.err and "; lower training.learning_rate" in ran.err
     assert not (tmp_path / "out").exists()
 
 
@@ -602,7 +605,7 @@ def test_files_that_appear_at_the_output_are_not_overwritten(
     child = processes.start("train", config, first=AFTER_LAST_STEP.format(statement=statement))
     assert child.wait() == 2
     line = child.said().splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir")), line
+    assert is_problem(problem_text(line), (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir")), line
     assert line.endswith("; move it away, and continue with --resume")
     assert mine.read_text() == "mine"
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -687,7 +690,7 @@ def test_a_run_continues_when_stderr_cannot_be_written(
 def test_no_space_for_the_output_is_reported(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     child = processes.start("train", run_config(), stdout="/dev/full")
     assert child.wait() == 8
-    last = child.said().splitlines()[-1].removeprefix("error: ")
+    last = problem_text(child.said().splitlines()[-1])
     assert is_problem(last, (Code.OUTPUT_FAILED, "standard output", ""))
     assert (tmp_path / "out" / WEIGHTS).is_file()
 

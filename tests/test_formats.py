@@ -23,7 +23,7 @@ from loratune.data.formats import (
 )
 from loratune.data.formats.questions import parse_question
 from loratune.data.formats.recognition import CHAT_FORMATS, FORMATS, Parser
-from loratune.data.row_index import completion_key, content_key, prompt_key
+from loratune.data.row_keys import completion_key, content_key, prompt_key
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -682,9 +682,18 @@ def test_loss_on_assistant_and_templates_require_conversations(row: dict[str, An
 
 
 def test_labels_replace_whole_answers() -> None:
-    """White space around them stays; earlier answers of a conversation are no labels."""
-    labels = {"b": "B", "b c": "c"}
-    for answer, expected in {"b": "B", " b\n": " B\n", "b c": "c", "bb": "bb", "B": "B", "": ""}.items():
+    """White space around them stays, unless an entry has it; earlier answers of a conversation are no labels."""
+    labels = {"b": "B", "b c": "c", "d ": "d"}
+    for answer, expected in {
+        "d ": "d",
+        "d": "d",
+        "b": "B",
+        " b\n": " B\n",
+        "b c": "c",
+        "bb": "bb",
+        "B": "B",
+        "": "",
+    }.items():
         assert parse(PAIR | {"completion": answer}, labels=labels) == Plain("f:1", "a", expected)
         found = chat({"messages": [USER, BOT, USER, BOT | {"content": answer}]}, labels=labels).messages
         assert [message["content"] for message in found] == ["a", "b", "a", expected]

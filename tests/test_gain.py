@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from loratune import data
 from loratune.codes import Code
-from loratune.compare import gain
-from loratune.compare.gain import Forgetting, Gain
-from loratune.compare.metrics import RowLosses
+from loratune.compare.losses import LossComparison, _draw
+from loratune.compare.metrics import RowLosses, loss_difference
 from loratune.data import UNRELATED_TEXT, TokenizedDataset
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.errors import Problem, ResourceError
@@ -32,12 +31,12 @@ pytestmark = pytest.mark.usefixtures("untraced_module")
 
 def compared(
     differences: Sequence[float], tokens: Sequence[int] = (), copies: Sequence[int] | None = None, **others: Any
-) -> Gain:
+) -> LossComparison:
     """A comparison of rows by their nats per token, adapter minus base, with a base loss of 2 in each."""
     counts = tokens or [1] * len(differences)
     base = RowLosses.of([2.0 * count for count in counts], counts, copies)
     tuned = RowLosses.of([(2.0 + one) * count for one, count in zip(differences, counts, strict=True)], counts, copies)
-    return Gain.of(base, tuned, "training", **others)
+    return LossComparison.of(base, tuned, "training", **others)
 
 
 def test_the_interval_is_that_of_mean_ratio_interval() -> None:
@@ -45,10 +44,9 @@ def test_the_interval_is_that_of_mean_ratio_interval() -> None:
     found = compared([-1.0, -1.5, -2.0, -1.0, -2.0], [7] * 5)
     assert (found.base, found.adapter, found.better_by) == pytest.approx((2.0, 0.5, 1.5))
     half = 2.7764 * 0.5 / math.sqrt(5)  # the standard deviation is 0.5
-    assert found.low is not None and found.low <= 1.5 - half + 1e-4
-    assert found.high is not None and found.high >= 1.5 + half - 1e-4
-    interval = mean_ratio_interval([7.0, 10.5, 14.0, 7.0, 14.0], [7.0] * 5)
-    assert interval is not None and interval.to_dict() == [found.low, found.high]
+    assert found.gain_interval is not None
+    assert found.gain_interval.low <= 1.5 - half + 1e-4 and found.gain_interval.high >= 1.5 + half - 1e-4
+    assert found.gain_interval == mean_ratio_interval([7.0, 10.5, 14.0, 7.0, 14.0], [7.0] * 5)
 
 
 def test_the_loss_weights_tokens_but_the_verdict_counts_rows() -> None:
@@ -62,11 +60,12 @@ def test_the_loss_weights_tokens_but_the_verdict_counts_rows() -> None:
 def test_copies_of_a_row_count_as_one_row() -> None:
     three = compared([0.5], copies=[3])
     assert (three.rows, three.drawn, three.verdict) == (1, 3, "not judged")
-    assert str(three).startswith("not judged: 1 distinct of 3 training rows is too few, 5 are needed (base 2.000, ")
+    assert three.gain_line.startswith("not judged: 1 distinct of 3 training rows is too few, 5 are needed (base ")
     found = compared([0.1, -0.3, -0.2, -0.2, -0.3], copies=[5, 1, 1, 1, 1])
     assert found.better_by == pytest.approx((1.0 - 0.5) / 9)  # equal to the loss over all nine
     once = compared([0.1] * 5 + [-0.3, -0.2, -0.2, -0.3])
-    assert found.high - found.low > once.high - once.low  # type: ignore[operator]
+    assert found.gain_interval is not None and once.gain_interval is not None
+    assert found.gain_interval.high - found.gain_interval.low > once.gain_interval.high - once.gain_interval.low
 
 
 VERDICTS: dict[str, tuple[list[float], str]] = {
@@ -88,26 +87,27 @@ def test_verdicts(name: str) -> None:
     differences, verdict = VERDICTS[name]
     found = compared(differences, [3] * len(differences))
     assert found.verdict == verdict
-    assert len(str(found)) < 140 and "-0.000" not in str(found)
+    assert len(found.gain_line) < 140 and "-0.000" not in found.gain_line
     json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_positive_differences_are_reported_as_better() -> None:
     found = compared([-0.2, -0.3, -0.25, -0.3, -0.2])
-    assert str(found) == (
+    assert found.gain_line == (
         "0.250 nats per token on 5 training rows (95 % interval 0.161 to 0.339; base 2.000, adapter 1.750)"
     )
     values = found.to_dict()
     assert 0 < values["low"] < values["better_by"] < values["high"]
-    assert str(compared([0.2, 0.3, 0.25, 0.3, 0.2])) == (
+    assert compared([0.2, 0.3, 0.25, 0.3, 0.2]).gain_line == (
         "worse than the base on 5 training rows: -0.250 nats per token "
         "(95 % interval -0.339 to -0.161; base 2.000, adapter 2.250)"
     )
-    assert str(compared([1e-9, -1e-9, 1e-9, -1e-9, 0.0], total=9)) == (
+    assert compared([1e-9, -1e-9, 1e-9, -1e-9, 0.0], total=9).gain_line == (
         "none over the base on 5 of 9 training rows: 0.000 nats per token "
         "(95 % interval 0.000 to 0.000; base 2.000, adapter 2.000)"
     )
-    assert "a run this short compares only 2 of 9 training rows, 5 are needed" in str(compared([0.1, 0.2], total=9))
+    few = compared([0.1, 0.2], total=9)
+    assert "a run this short compares only 2 of 9 training rows, 5 are needed" in few.gain_line
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Made:
 
 
 def sampled(lengths: Any, budget: int, keys: Sequence[int] | None = None) -> dict[int, int]:
-    return gain._sample(TokenizedDataset(Made(lengths, keys)), budget, range(len(lengths)))  # type: ignore[arg-type]
+    return _draw(TokenizedDataset(Made(lengths, keys)), budget, range(len(lengths)))  # type: ignore[arg-type]
 
 
 def test_the_sample_is_small_and_deterministic() -> None:
@@ -207,7 +207,7 @@ def test_the_metrics_equal_those_of_stock_peft(
     )
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    expected = Gain.of(*by_hand(biased_dir, tmp_path / "out"), "training").to_dict()
+    expected = LossComparison.of(*by_hand(biased_dir, tmp_path / "out"), "training").to_dict()
     metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
     found, way = metrics["gain"], metrics["computed_by"]["gain"]
     assert metrics["computed_by"].keys() == {"gain", "unrelated_text", "behavior"}  # what was measured
@@ -224,17 +224,18 @@ def test_the_metrics_equal_those_of_stock_peft(
     passages = [*map(json.loads, UNRELATED_TEXT.read_text(encoding="utf-8").splitlines())]
     texts = [passage["text"] for passage in passages]
     losses, found = by_hand(biased_dir, tmp_path / "out", texts), metrics["unrelated_text"]
-    lost = Gain.of(*losses, "unrelated")
+    lost = LossComparison.of(*losses, "unrelated")
     expected = dict(zip(("before", "after", "change"), (lost.base, lost.adapter, -lost.better_by), strict=True))
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=2e-5)
     assert found["low"] < found["change"] < found["high"] and found["rows"] == 38
     for kind, change in found["kinds"].items():
         numbers = [number for number, passage in enumerate(passages) if passage["kind"] == kind]
-        assert change == pytest.approx(-Gain.of(*(one.take(numbers) for one in losses), "").better_by, abs=2e-5)
+        assert change == pytest.approx(loss_difference(*(one.take(numbers) for one in losses)).value, abs=2e-5)
     assert [*found["kinds"]] == ["prose", "dialogue", "code", "french", "german"]
     what = "38 passages of general text, 64 tokens at most"
     line = f"base {found['before']:.4f} → {found['after']:.4f} on {what} ({found['change']:+.4f}, "
-    assert f" ({found['change']:+.2f}; a warning from 0.10)" in ran.out and f"- **Unrelated text:** {line}" in card
+    warned = f" ({found['change']:+.2f}; a warning from 0.10)"  # said where the text became less likely
+    assert (warned in ran.out) == (found["change"] > 0) and f"- **Unrelated text:** {line}" in card
     assert (f"by {found['change']:.2f} nats per token on unrelated text; " in ran.err) == (found["low"] >= 0.1)
 
 
@@ -277,8 +278,8 @@ def test_a_run_reports_why_unrelated_text_was_not_measured(
 
 def test_nonfinite_forgetting_is_reported() -> None:
     found = compared([math.nan] * 12)
-    assert "has suffered, beyond measure on unrelated text" in Forgetting(found).remark
-    assert Forgetting(compared([0.2] * 12)).remark and not Forgetting(compared([0.05] * 12)).remark
+    assert found.has_suffered
+    assert compared([0.2] * 12).has_suffered and not compared([0.05] * 12).has_suffered
 
 
 def test_a_run_without_gain_reports_it(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -300,7 +301,7 @@ def test_a_worse_adapter_is_not_published(cli: Callable[..., Ran], run_config: M
     config = run_config(training={"learning_rate": 1e9, "max_steps": 5, "save_steps": 2})
     ran = cli("train", config)
     check_refused(ran, 6, (Code.TRAINING_WORSE_THAN_BASE, "", ""))
-    assert ran.out == "" and "error: the adapter is worse than its base: each expected token became " in ran.err
+    assert ran.out == "" and "]: the adapter is worse than its base: each expected token became " in ran.err
     assert ran.err.endswith("or publish it with --resume --allow-worse\n")
     assert not (tmp_path / "out").exists()
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
@@ -332,7 +333,7 @@ def test_held_out_rows_decide_if_there_are_any(cli: Callable[..., Ran], run_conf
     continue with more steps, or be compared on other rows; its record is deleted by then."""
     away = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
     held_out = str(write_rows(tmp_path / "held.jsonl", away))
-    hard = {"lora": {"modules_to_save": ["lm_head"]}, "training": {"learning_rate": 0.1, "max_steps": 60}}
+    hard = {"lora": {"modules_to_save": ["lm_head"]}, "training": {"learning_rate": 0.03, "max_steps": 60}}
     config = run_config(data={"validation": held_out}, **hard)
     ran = cli("train", config)
     assert ran.code == 6 and "the adapter is worse than its base: each expected token became " in ran.err
@@ -353,8 +354,9 @@ def test_held_out_rows_decide_if_there_are_any(cli: Callable[..., Ran], run_conf
     metrics = json.loads((tmp_path / "other" / "loratune.json").read_text())["metrics"]
     found, change = metrics["gain"], metrics["unrelated_text"]["change"]
     assert (found["split"], metrics["verdict"], found["validation_rows"]) == ("training", "better than its base", 4)
-    lost = f"\nwhat the base could do elsewhere has suffered, by {change:.2f} nats per token on unrelated text; "
-    assert change > 0.1 and lost in ran.err and "raise retention.kl_weight" in ran.err
+    assert (
+        change > 0.1 and f"(+{change:.2f}; a warning from 0.10)" in ran.out and "raise retention.kl_weight" in ran.out
+    )
 
 
 def test_the_losses_equal_those_of_evaluate(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -377,13 +379,13 @@ def test_the_interval_of_the_held_out_loss() -> None:
     wide."""
     dice = np.random.default_rng(0)
     losses = RowLosses.of(dice.exponential(6, 40).tolist(), [3] * 40)
-    found = Gain.of(losses, losses, "validation")
+    found = LossComparison.of(losses, losses, "validation")
     expected = mean_ratio_interval(losses.nats, losses.tokens)
     all_rows = found.held_out_interval(found.adapter)
     assert expected is not None and all_rows is not None and all_rows.to_dict() == pytest.approx(expected.to_dict())
-    quarter = Gain.of(losses, losses, "validation", total=160).held_out_interval(5.0)
+    quarter = LossComparison.of(losses, losses, "validation", total=160).held_out_interval(5.0)
     assert quarter is not None
     assert quarter.high - 5.0 == pytest.approx((expected.high - found.adapter) / 2)
     assert 5.0 - quarter.low == pytest.approx((found.adapter - expected.low) / 2)
-    assert Gain.of(losses, losses, "training").held_out_interval(5.0) is None
-    assert Gain.of(losses.take(range(4)), losses.take(range(4)), "validation").held_out_interval(5.0) is None
+    assert LossComparison.of(losses, losses, "training").held_out_interval(5.0) is None
+    assert LossComparison.of(losses.take(range(4)), losses.take(range(4)), "validation").held_out_interval(5.0) is None

@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +17,18 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
+from conftest import (
+    ROOT,
+    ROWS,
+    Ran,
+    check_refused,
+    is_problem,
+    meanings,
+    problem_text,
+    tiny_llama,
+    tree,
+    write_rows,
+)
 from fork_server import ForkServer
 from hub_server import READ_SETTINGS
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,6 +37,7 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import ModelSection
+from loratune.data import batch_check
 from loratune.errors import ModelError
 from loratune.kernels import acceleration
 from loratune.kernels.upstream import is_fake
@@ -35,7 +46,6 @@ from loratune.model import load, source
 from loratune.model.source import GGUF_KEY as KEY
 from loratune.model.source import KEY as NAME
 from loratune.model.source import check_gguf as check
-from loratune.training import batching
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]
@@ -205,7 +215,7 @@ def test_an_invalid_record_of_the_base_is_reported(
     ran = cli("generate", "x", "--adapter", tmp_path)
     assert (ran.code, ran.out) == (5, "")
     last = ran.err.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and problem in last
+    assert problem_text(last).startswith(f"{tmp_path / 'loratune.json'}: ") and problem in last
 
 
 def test_files_in_the_working_directory_are_not_loaded(
@@ -331,17 +341,6 @@ def test_a_part_of_a_split_file_is_refused(
     assert meanings(caught.value) == [(Code.MODEL_DAMAGED, str(part), KEY)]
 
 
-def test_a_missing_gguf_package_is_reported(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
-    config = run_config(model={"name_or_path": str(pair[0]), "gguf_file": FILE})
-    ran = process("train", config, PYTHONPATH=str(tmp_path / "site"))
-    check_refused(ran, 3, (Code.SYSTEM_MISSING_PACKAGE, str(pair[0] / FILE), KEY))
-    assert ran.out == "" and ran.err.endswith("; pip install 'loratune[gguf]'\n")
-    assert [line.partition(" ")[0] for line in ran.err.splitlines()] == ["loratune", "error:"]
-    assert "gguf" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-
-
 # On the hub
 
 
@@ -395,7 +394,7 @@ def test_a_gguf_file_of_a_hub_repository(
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
     assert params.code == 3 and params.out.read_text() == ""
-    assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_NOT_FOUND, "who/packed", KEY))
+    assert is_problem(problem_text(params.said()), (Code.MODEL_NOT_FOUND, "who/packed", KEY))
     assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
 
 
@@ -444,7 +443,7 @@ def test_machine_and_model_are_inspected_once_per_run(
     counted(source, "import_module")
     counted(acceleration, "_replace")
     counted(acceleration, "ParityCheck")
-    counted(batching, "packing_refusal")
+    counted(batch_check, "packing_refusal")
     base = run_config().parent / "base"
     shutil.copytree(pair[0], base)
     rows = {"validation": str(base.parent / "rows.jsonl")}

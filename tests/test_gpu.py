@@ -4,6 +4,7 @@
 """
 
 import re
+import sys
 from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
@@ -18,17 +19,16 @@ from test_kernels import normal, row_by_row, step
 from test_prefix_tree import TREES
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig, LlamaForCausalLM
 
 from loratune import kernels
 from loratune.data.batches import flatten, put_rows
 from loratune.data.packing import PrefixTree, share_prefixes
 from loratune.errors import LoratuneError, Problem, is_out_of_memory
-from loratune.kernels import acceleration, gpu, lora_linear
-from loratune.kernels.compiled import self_test as results
+from loratune.kernels import acceleration, gpu, lora_linear, upstream
 from loratune.kernels.layout import PerBatch
 from loratune.kernels.loss import LossHead, Scaling
-from loratune.kernels.parity_check import relative_rms
+from loratune.kernels.parity_check import ParityCheck, relative_rms
 from loratune.kernels.transfer import on_host, send, to_device
 from loratune.lora import attach
 from loratune.system import accelerator
@@ -258,16 +258,58 @@ def test_errors_of_memory_are_recognized(error: Exception, expected: bool) -> No
     assert is_out_of_memory(error) is expected
 
 
-@pytest.mark.parametrize(("setting", "known", "expected"), [
-    ("auto", {}, False),
-    ("auto", {results.LIGER: results.PASSED}, False),
-    ("auto", {results.LIGER: results.PASSED, results.LIGER_FASTER: results.PASSED}, True),
-    ("auto", {results.LIGER: results.FAILED, results.LIGER_FASTER: results.PASSED}, False),
-    (True, {}, True),
-    (True, {results.LIGER: results.FAILED}, False),
-    (False, {results.LIGER: results.PASSED, results.LIGER_FASTER: results.PASSED}, False),
-])  # fmt: skip
-def test_liger_is_used_once_it_was_faster(setting: bool | str, known: dict[str, str], expected: bool) -> None:
-    results.record(known)
-    used, lines = kernels.uses_liger(setting)
-    assert used is expected and bool(lines) == (used != (setting is True))
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+@pytest.mark.parametrize("setting", ["auto", True, False])
+def test_liger_is_used_if_the_model_computes_the_same(
+    setting: bool | str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its functions are bound to modules, and put in the place of those in the file of their class."""
+    model: Any = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))
+    norm = model.get_base_model().model.norm
+    file, rotary = sys.modules[type(norm).__module__], sys.modules[type(norm).__module__].apply_rotary_pos_emb
+
+    def patch(given: Any, kernels: Any) -> None:
+        norm.forward, norm.casting_mode = lambda x: type(norm).forward(norm, x) * factor, "llama"
+        file.apply_rotary_pos_emb = lambda *of, **named: rotary(*of, **named)
+
+    monkeypatch.setattr(upstream, "apply_liger_kernel", patch)
+    monkeypatch.setattr(gpu, "is_liger_kernel_available", lambda: True)
+    assert kernels.uses_liger("auto", model) == (False, [])  # on a CPU
+    monkeypatch.setattr(type(model.get_base_model()), "device", property(lambda _: SimpleNamespace(type="cuda")))
+    monkeypatch.setattr(gpu, "ParityCheck", on_cpu)
+    used, lines = kernels.uses_liger(setting, model)
+    assert used is (setting is not False and factor == 1.0)
+    assert bool(lines) == (setting == "auto" or (setting is True and not used))
+    assert file.apply_rotary_pos_emb is rotary and not {"forward", "casting_mode"} & vars(norm).keys()
+
+
+def on_cpu(base: Any) -> Any:
+    """The check of a model that says it is on a GPU, but is on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(base), "device", CPU)
+        check = ParityCheck(base)
+
+    def passes() -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(base), "device", CPU)
+            return check.passes()
+
+    return SimpleNamespace(runs=check.runs, passes=passes)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_an_attention_implementation_that_is_wrong_is_not_used(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*given: Any, **named: Any) -> Any:
+        found, weights = upstream.sdpa_attention_forward(*given, **named)
+        return found * factor, weights
+
+    AttentionInterface.register("quick", attend)
+    AttentionMaskInterface.register("quick", upstream.sdpa_mask)
+    monkeypatch.setattr(acceleration, "FLASH", ("quick",))
+    base = tiny_llama()
+    base.set_attn_implementation("quick")
+    model: Any = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    found = kernels.accelerate(model, attach.adapted_linear)
+    line = "model.attn_implementation: chosen by transformers, as with quick the model does not compute the same"
+    assert (line in found.notes()) == (factor != 1.0)
+    assert upstream.attn_implementation(base) == ("quick" if factor == 1.0 else "sdpa")

@@ -26,6 +26,7 @@ from loratune.codes import Code
 from loratune.compare import harness
 from loratune.compare import tasks as compared
 from loratune.compare.metrics import ADAPTER, BASE
+from loratune.errors import install
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -382,7 +383,7 @@ def test_a_missing_harness_package_is_reported(place: Path, cli: Cli, monkeypatc
     monkeypatch.setattr(compared, "find_spec", lambda name: None)
     ran = cli("evaluate", "--adapter", place / "adapter", "--tasks", "arc_easy")
     check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", "--tasks"))
-    assert ran.out == "" and ran.err.endswith("; pip install 'loratune[eval]'\n") and ran.err.count("\n") == 1
+    assert ran.out == "" and ran.err.endswith(f"; {install('eval')}\n") and ran.err.count("\n") == 1
 
 
 def test_two_tasks_with_one_name_are_refused(place: Path, tmp_path: Path) -> None:

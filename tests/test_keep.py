@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.config import TrainingSection
-from loratune.training.auto import optimizer_steps
 from loratune.training.checkpoints.store import BEST_WEIGHTS, RUN, BestRecord, StepLosses, seal
-from loratune.training.duration import evaluation_steps, interval
+from loratune.training.schedule import Schedule
 
 LEARNT = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
 HELD_OUT = [
@@ -89,15 +88,14 @@ def overfitted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, 
     ],
 )
 def test_the_evaluation_interval_is_chosen(steps: int, trained: int, held_out: int, expected: int) -> None:
-    assert interval(steps, trained, held_out) == expected
+    assert Schedule(steps, steps, 1).evaluations(None, trained, held_out).interval == expected
 
 
 def test_there_are_about_ten_evaluations_that_cost_a_tenth() -> None:
     for steps in (1, 7, 19, 20, 200, 12_345):
         for trained in (10, 9_999, 10**9):
             for held_out in (1, 200, 10**6):
-                section = TrainingSection(max_steps=steps)
-                chosen = evaluation_steps(section, 1, 1, 1, -(-trained // steps), held_out)
+                chosen = Schedule(steps, 1, 1).evaluations(None, -(-trained // steps), held_out)
                 assert 1 <= chosen.count <= 10
                 assert chosen.count == 1 or chosen.share <= 0.1
                 if chosen.held_out * 10 <= 0.3 * chosen.trained:
@@ -105,7 +103,7 @@ def test_there_are_about_ten_evaluations_that_cost_a_tenth() -> None:
 
 
 def test_a_set_evaluation_interval_is_kept(overfitted: Path) -> None:
-    assert evaluation_steps(TrainingSection(max_steps=40, eval_steps=3), 9, 1, 1, 9, 10**6).interval == 3
+    assert Schedule(40, 9, 1).evaluations(3, 9, 10**6).interval == 3
     assert held_out_steps(overfitted / "out") == [*range(3, LAST + 1, 3)]
 
 
@@ -118,8 +116,9 @@ def test_the_planned_steps_equal_those_taken(cli: Cli, run_config: MakeConfig, t
     assert ran.code == 0, ran.err
     found = record(tmp_path / "out")
     steps = found["metrics"]["steps"]
-    assert optimizer_steps(TrainingSection(**training), 36, 3, 1) == (steps, 3)
-    assert optimizer_steps(TrainingSection(**training | {"gradient_accumulation_steps": 2}), 36, 3, 2) == (steps, 3)
+    assert Schedule.of(TrainingSection(**training), 36, 3) == Schedule(steps, 3, 12)
+    halved = TrainingSection(**training | {"gradient_accumulation_steps": 2})
+    assert Schedule.of(halved, 36, 3, processes=2) == Schedule(steps, 3, 12)
     assert f"evaluating every 2 of {steps} steps: 4 times, " in ran.err
     assert [entry["step"] for entry in found["curve"] if "eval_loss" in entry] == [*range(2, steps + 1, 2)]
 
@@ -216,7 +215,7 @@ def test_every_kind_of_weight_is_restored(
 
 KILLS = """
 import os, signal
-from loratune.training import run
+from loratune.training import publishing
 from loratune.training import trainer
 from loratune.training import callbacks
 
@@ -244,7 +243,7 @@ MOMENTS = {
     "after its evaluation": f"kill(trainer.RunTrainer, 'evaluate', at({BEST}), after=True)",
     "while it is written": "kill(callbacks.BestStep, 'save', has_best, after=True)",
     "after it": "kill(trainer.RunTrainer, 'model_inputs', at(17))",
-    "after the last step": "kill(run, '_publish', lambda run: True)",
+    "after the last step": "kill(publishing, 'publish', lambda run: True)",
 }
 """When a run is killed, in an order in which one run can be killed at all of these moments."""
 

@@ -512,7 +512,7 @@ def test_bfloat16_gradients_are_as_accurate_as_with_peft(smollm2: Path) -> None:
     )
     for parameter, other in zip(exact.parameters(), model.parameters(), strict=True):
         parameter.data.copy_(other.data.float())
-    lines = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text().splitlines()
+    lines = (ROOT / "loratune" / "data" / "quickstart" / "train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["prompt"].split("Definition: ")[1].split("Semantic")[0] for line in lines[:128]]
     ids = AutoTokenizer.from_pretrained(smollm2)(texts)["input_ids"]
     stock, fast = [], []
@@ -549,6 +549,7 @@ def curve(seed: int, *, fast: bool) -> Tensor:
     return torch.tensor(losses).unfold(0, 10, 1).mean(1)
 
 
+@pytest.mark.slow
 def test_fifty_steps_have_the_loss_curve_of_unaccelerated_training() -> None:
     """The curve is closer to the stock curve of the same seed than those of three seeds are to each other."""
     stock = torch.stack([curve(seed, fast=False) for seed in (1, 2, 3)])

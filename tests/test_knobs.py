@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from loratune.model import load as load_module
 from loratune.training import batching, time_budget, upstream
 from loratune.training.callbacks import BestStep, trackers
 from loratune.training.checkpoints.store import BestRecord
+from loratune.training.schedule import Seconds
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -94,6 +94,7 @@ DATA: dict[str, Any] = {
     "validation": 0.5,
     "test": {"path": "other.jsonl"},
     "group_by": "topic",
+    "max_train_samples": 1,
     "sample_by": "paragraph",
     "format": "text",
     "columns": {"prompt": "system", "completion": "prompt"},
@@ -101,6 +102,7 @@ DATA: dict[str, Any] = {
     "chat_template": "other.jinja",
     "chat_template_kwargs": {"tone": "dry"},
     "reasoning": "mask",
+    "empty_reasoning": "context",
     "loss_on": "all",
     "prompt_loss_weight": 0.5,
     "max_length": 24,
@@ -281,8 +283,8 @@ def test_each_preference_field_changes_the_losses_that_use_it(name: str, value: 
 
 def test_training_max_minutes() -> None:
     """The effect of a time budget on whole runs is tested in `test_time_budget`."""
-    second_steps = (np.ones(10) for _ in count())
-    assert time_budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
+    seconds = Seconds(np.ones(10), evaluation=0.0, checkpoint=0.0, end=0.0)
+    assert time_budget.steps_within(60 * TRAINING["max_minutes"], seconds.of_steps, 10**6) == 142  # 95 % of 150
 
 
 def test_training_report_to(tmp_path: Path) -> None:
@@ -421,7 +423,7 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     return run
 
 
-ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes", "prompt_loss_weight")
+ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes", "prompt_loss_weight", "empty_reasoning")
 
 
 @pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ELSEWHERE])

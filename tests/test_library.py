@@ -20,6 +20,7 @@ from fork_server import ForkServer
 from loratune.kernels.compiled import build, library
 from loratune.kernels.compiled.build import NATIVE
 from loratune.system import environment
+from loratune.system.cache import EntryKind
 
 DEFINE = "-DFLOAT32"
 # The process has already imported all of this.
@@ -142,7 +143,7 @@ def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["/usr/bin/gcc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
     loaded(cache, called=1)
     path = cached_file(cache)
-    key, content = path.stem.removeprefix("native-"), (tmp_path / "planted.so").read_bytes()
+    key, content = path.stem, (tmp_path / "planted.so").read_bytes()
     path.write_bytes(build.sealed(key, content))
     yield path
     assert not mark.exists()
@@ -222,17 +223,17 @@ def test_library_loads_when_the_cache_cannot_be_created(
 
 def test_library_loads_when_the_disk_is_full(cache: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = library._keep
+    before = EntryKind.write
 
-    def full(path: Path, key: str, content: bytes) -> str:
+    def full(kind: EntryKind, key: str, content: bytes) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
-            return before(path, key, content)
+            return before(kind, key, content)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "_keep", full)
+        patch.setattr(EntryKind, "write", full)
         loaded(cache, called=1, note="as it cannot be kept: File too large")
     assert list(cache.iterdir()) == []
     loaded(cache, called=1)
@@ -252,7 +253,7 @@ def test_compiler_failure_is_reported(cache: Path, tmp_path: Path, does: str) ->
     compiler(tmp_path, does)
     cached = library.load(DEFINE)
     assert cached.functions is None and re.search(BROKEN[does], cached.note or ""), cached.note
-    assert "\n" not in (cached.note or "") and list(cache.iterdir()) == []
+    assert "\n" not in (cached.note or "") and not cache.exists()
 
 
 def test_child_processes_of_a_hanging_compiler_are_killed(
@@ -306,7 +307,7 @@ def test_library_that_fails_to_load_is_rebuilt(cache: Path, tmp_path: Path, buil
     """For example if the OpenMP library was removed. A failing rebuild is reported."""
     loaded(cache, called=1)
     path = cached_file(cache)
-    key, content = path.stem.removeprefix("native-"), path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
+    key, content = path.stem, path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
     path.write_bytes(build.sealed(key, content))
     loaded(cache, called=1)
     compiler(tmp_path, f"sed s/libgomp.so.1/libgone.so.1/ {built} > library.so")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import bitsandbytes
@@ -553,3 +554,23 @@ def test_adapter_lost_to_bfloat16_rounding_is_refused(
     check_refused(ran, 5, (Code.EXPORT_DIFFERS, str(case.adapter), ""))
     ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out", "--dtype", "float32")
     assert ran.code == 0, ran.err
+
+
+def test_commands_that_end_as_another_begins_do_not_stop_it(tmp_path: Path) -> None:
+    """The lock file is removed and made again, also between opening and locking it."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(100):
+                with OutputDirectory.at(str(tmp_path / "out"), overwrite=False).locked(30):
+                    pass
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and not (tmp_path / "out.partial").exists()

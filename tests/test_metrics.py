@@ -44,7 +44,7 @@ from loratune.errors import ConfigError, NumericError
     ],
 )
 def test_metrics_compute_the_expected_scores(metric: str, expected: str, answer: str, scores: Sequence[float]) -> None:
-    (parsed,) = metrics.parse([metric, metric])
+    (parsed,) = metrics.parse_metrics([metric, metric])
     assert parsed.scores is not None
     found = parsed.scores(expected, answer)
     assert [*found] == [metric, "invalid_json"][: len(scores)]
@@ -58,7 +58,7 @@ def test_metrics_compute_the_expected_scores(metric: str, expected: str, answer:
     ],
 )  # fmt: skip
 def test_unusable_expected_text_is_refused(metric: str, expected: str) -> None:
-    (parsed,) = metrics.parse([metric])
+    (parsed,) = metrics.parse_metrics([metric])
     assert parsed.scores is not None
     with pytest.raises(ExpectedTextError):
         parsed.scores(expected, "1")
@@ -67,15 +67,15 @@ def test_unusable_expected_text_is_refused(metric: str, expected: str) -> None:
 @pytest.mark.parametrize("value", ["exact", "regex:", "regex:(", "regex:" + "(a|" * 10_000, "label "])
 def test_invalid_metrics_are_refused(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        metrics.parse([value])
-    assert meanings(caught.value) == [(Code.USAGE_BAD_VALUE, "", "--metric")]
+        metrics.parse_metrics([value])
+    assert meanings(caught.value) == [(Code.USAGE_BAD_VALUE, "", "metrics")]
 
 
 def test_missing_metric_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
-        metrics.parse(["label", "rouge_l"])
-    assert meanings(error.value) == [(Code.SYSTEM_MISSING_PACKAGE, "", "--metric")]
+        metrics.parse_metrics(["label", "rouge_l"])
+    assert meanings(error.value) == [(Code.SYSTEM_MISSING_PACKAGE, "", "metrics")]
 
 
 def row(number: int, base: Any, adapter: Any, copies: int = 1, tokens: int = 2) -> ComparedRow:
@@ -154,7 +154,7 @@ def labelled(*labels: tuple[str | None, int]) -> list[ComparedRow]:
 def test_majority_answer_and_its_scores(labels: Any, copies: int, text: str | None, share: float | None) -> None:
     found = labelled(*labels)
     found[-1] = replace(found[-1], copies=copies)
-    answers = majority_answers(found, Judging(metrics.parse(["contains"])))
+    answers = majority_answers(found, Judging(metrics.parse_metrics(["contains"])))
     assert [one.text for one in answers] == ([text if one.expected else None for one in found] if text else [])
     if share is not None:
         for figure in ("exact_match", "label_accuracy", "contains"):
@@ -182,16 +182,14 @@ def test_majority_answer_counts_for_labels_that_are_its_prefixes() -> None:
 def test_adapter_no_better_than_the_majority_answer_is_reported(labels: Any, metric: str, is_told: bool) -> None:
     """Even though its loss and its matches are better than those of the base."""
     found = labelled(*labels)
-    evaluation = comparison.compare_rows(found, metric, majority=majority_answers(found, Judging()))
+    evaluation = comparison.compare_rows(found, metric, baselines={"majority": majority_answers(found, Judging())})
     assert evaluation.verdict == "better than its base"
     constant = max(labels, key=lambda one: one[1])
     told = f'not better than always "{constant[0]}": '
     assert wording.verdict(evaluation).startswith(told) == is_told
-    assert wording.verdict(evaluation).endswith(f", {constant[1]} would be by guessing so") == is_told
+    assert wording.verdict(evaluation).endswith(f'; always "{constant[0]}" would get {constant[1]} right') == is_told
     table = wording.scores_table(evaluation)[1]
-    assert [line[3] for line in table[:2]] == ["-", "-"] and table[2][3].startswith(
-        f"{max(n for _, n in labels) / 0.5:.0f}"
-    )
+    assert table[0][3] == "-" and table[1][3].startswith(f"{max(n for _, n in labels) / 0.5:.0f}")
     values = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
     assert values["majority"]["exact_match"] == max(count for _, count in labels) / 50
     assert [*values["difference_from_majority"]] == ["exact_match", "label_accuracy"]
@@ -202,7 +200,7 @@ def test_adapter_better_than_the_majority_answer() -> None:
     found = labelled(("a", 30), ("b", 20))
     all_right = {"exact_match": 1.0, "label_accuracy": 1.0}
     found = [replace(one, answers=one.answers | {"adapter": ModelAnswer(1.0, "", all_right)}) for one in found]
-    evaluation = comparison.compare_rows(found, majority=majority_answers(found, Judging()))
+    evaluation = comparison.compare_rows(found, baselines={"majority": majority_answers(found, Judging())})
     assert evaluation.verdict == "beats base and majority"
     assert wording.verdict(evaluation) == (
         'beats its base and always "a": 50 of 50 held-out answers right (95 %: 93 to 100; base 0 %, majority 60 %)'

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, Ran, check_refused, tiny_llama, tree
+from conftest import ROWS, Ran, check_refused, problem_text, tiny_llama, tree
 from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
@@ -212,7 +212,7 @@ BROKEN: dict[str, tuple[Damage, Refusal]] = {
     "no weights": (lambda path: (path / "model.safetensors").unlink(),
                    (Code.MODEL_UNREADABLE, "", "no file named model.safetensors")),
     "missing tensor": (rewrite(lambda found: found.pop(UP)),
-                       (Code.MODEL_DAMAGED, "", f"lack 1 tensors of the model, among them {UP} ")),
+                       (Code.MODEL_DAMAGED, "", f"lack 1 tensors of the model, among them {UP}")),
     "more layers": (configure(num_hidden_layers=3),
                     (Code.MODEL_DAMAGED, "", "lack 9 tensors of the model, among them model.layers.2.")),
     "fewer layers": (configure(num_hidden_layers=1),
@@ -220,10 +220,10 @@ BROKEN: dict[str, tuple[Damage, Refusal]] = {
                  "hold 9 tensors more than config.json asks for, among them model.layers.1.input_layernorm.weight")),
     "a bias": (rewrite(lambda found: found.update({UP.replace("weight", "bias"): torch.zeros(64)})),
                (Code.MODEL_DAMAGED, "",
-                "hold 1 tensors more than config.json asks for, among them model.layers.1.mlp.up_proj.bias ")),
+                "hold 1 tensors more than config.json asks for, among them model.layers.1.mlp.up_proj.bias")),
     "other shape": (rewrite(lambda found: found.update({UP: torch.ones(64, 33)})),
                 (Code.MODEL_DAMAGED, "",
-                 f"1 tensors have another shape than config.json asks for, among them {UP} (64, 33) for (64, 32) ")),
+                 f"1 tensors have another shape than config.json asks for, among them {UP} (64, 33) for (64, 32)")),
     "no JSON": (write("config.json", b'{"a": '), (Code.MODEL_UNREADABLE, "", "")),
     "wrong value": (configure(num_hidden_layers="two"),
                     (Code.MODEL_UNREADABLE, "", "expected int, got str (value: 'two')")),
@@ -323,7 +323,7 @@ def test_unmatched_targets_list_candidates(
     (tmp_path / "config.json").write_text(json.dumps(shape))
     ran = cli("params", run_config(model={"name_or_path": str(tmp_path)}, lora={"target_modules": wanted}))
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: lora.target_modules: {message}")
+    assert problem_text(ran.err).startswith(f"lora.target_modules: {message}")
     assert candidate in ran.err
 
 

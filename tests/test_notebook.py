@@ -12,6 +12,7 @@ from IPython.utils.capture import capture_output
 from nbclient import NotebookClient
 
 NOTEBOOK = ROOT / "configs" / "quickstart" / "quickstart.ipynb"
+SHIPPED = ROOT / "loratune" / "data" / "quickstart"
 
 
 def cells() -> list[Any]:
@@ -50,10 +51,10 @@ def test_notebook_cells_run_on_a_tiny_model(kernel: bool, tiny_dir: Path, tmp_pa
     assert "parameters" in first.metadata.tags
     rows = tmp_path / "quickstart"
     rows.mkdir()
-    for name, count in (("train.jsonl", 64), ("eval.jsonl", 8), ("demo.jsonl", 3)):
-        lines = (NOTEBOOK.parent / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, count in (("train.jsonl", 64), ("eval.jsonl", 8)):
+        lines = (SHIPPED / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (rows / name).write_text("".join(lines[:count]), encoding="utf-8")
-    (rows / "config.yaml").write_bytes((NOTEBOOK.parent / "config.yaml").read_bytes())
+    (rows / "config.yaml").write_bytes((SHIPPED / "config.yaml").read_bytes())
     given = {"QUICKSTART": rows, "MODEL": tiny_dir, "OUTPUT": tmp_path / "out"}
     first.source = "from pathlib import Path\n\nSTEPS = 8\n"
     first.source += "".join(f"{name} = Path({json.dumps(str(path))})\n" for name, path in given.items())

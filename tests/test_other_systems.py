@@ -25,7 +25,8 @@ def on(system: str, *commands: Sequence[object]) -> tuple[list[int], str, str]:
     return codes, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("system", [pytest.param("Darwin", marks=pytest.mark.slow), "Windows"])
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
 def test_the_reference_path_trains_without_what_only_linux_has(
     system: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

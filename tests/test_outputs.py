@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
@@ -67,7 +68,7 @@ def test_file_mode_follows_the_umask_or_the_replaced_file(umask: int, tmp_path: 
 def test_existing_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("precious")
     problem = refused(Code.OUTPUT_EXISTS, tmp_path / "a.txt")
-    assert "--overwrite" in problem.fix
+    assert "`overwrite=True`" in problem.fix
     assert tree(tmp_path) == {"a.txt": b"precious"}
     write(tmp_path / "a.txt", overwrite=True)
     assert tree(tmp_path) == {"a.txt": b"new\n"}
@@ -132,7 +133,7 @@ def test_planted_symlinks_are_not_followed(tmp_path: Path) -> None:
     write(tmp_path / "a.txt")
     assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / ".a.txt.unfinished").is_symlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output_file.secrets, "token_hex", lambda _: "0" * 12)
+        patch.setattr(secrets, "token_hex", lambda _: "0" * 12)
         (tmp_path / f".b.txt.{'0' * 12}.unfinished").symlink_to(tmp_path / "victim")
         with pytest.raises(ConfigError, match="File exists") as error:
             write(tmp_path / "b.txt")

@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loratune.data.batches import flatten, packing_refusal, padding_refusal, random_rows
+from loratune.data.batch_check import packing_refusal, padding_refusal, random_rows
+from loratune.data.batches import flatten
 from loratune.data.packing import BatchLayout, best_fit
 from loratune.kernels import next_token_loss
 

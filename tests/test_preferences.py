@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
 import re
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import yaml
 from conftest import Ran, check_refused, tiny_llama, write_rows
@@ -24,7 +21,6 @@ from loratune import data
 from loratune.codes import Code
 from loratune.compare.preferences import ComparedRows
 from loratune.config import DataSection
-from loratune.data import token_cache
 from loratune.data.rendering import Renderer
 from loratune.training import reference
 
@@ -195,7 +191,7 @@ def test_replay_is_refused_with_preference_objectives(
     ran = cli("train", config(run_config, tmp_path, objective, **changes))
     assert ran.code == 2 and len(ran.errors) == 1
     line = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
-    assert f"{line} [{Code.CONFIG_CONFLICT}]; leave replay out" in ran.err
+    assert f"{line}; leave replay out" in ran.err
     assert "data.replay and training.objective" in ran.err
     assert ("preferences.sft_weight keeps chosen answers probable" in ran.err) == is_held_up
 
@@ -320,40 +316,6 @@ def test_kl_rows_pair_prompts_with_answers_to_other_prompts(tmp_path: Path, toke
             assert others
             used |= {one.where for one in others}
         assert len(used) >= len(rows) - 2
-
-
-def test_reference_values_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged ones are discarded."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    key, values = "0" * 64, np.array([-1.5, 0.1, 1e-300])
-    assert token_cache.load_values(key) is None
-    token_cache.store_values(key, values)
-    found = token_cache.load_values(key)
-    assert found is not None and found.tolist() == values.tolist()
-    assert token_cache.load_values("1" * 64) is None
-    (file,) = (tmp_path / "loratune").iterdir()
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert token_cache.load_values(key) is None
-    token_cache.store_values(key, values)
-    assert token_cache.load_values(key) is not None
-    file.unlink()
-    os.mkfifo(file)  # which must not block
-    assert token_cache.load_values(key) is None
-
-
-def test_reference_values_that_cannot_be_written_leave_no_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    key, limits = "0" * 64, resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        token_cache.store_values(key, np.zeros(4096))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [*(tmp_path / "loratune").iterdir()] == [] and token_cache.load_values(key) is None
-    token_cache.store_values(key, np.zeros(4096))
-    assert token_cache.load_values(key) is not None
 
 
 SHORT: dict[str, Any] = {"max_steps": 2, "eval_steps": None}

@@ -48,7 +48,7 @@ def record(path: Path) -> dict[str, Any]:
     ("packing", "loss_on"),
     [
         ("batch", "completion"),
-        ("full", "all"),
+        pytest.param("full", "all", marks=pytest.mark.slow),
         pytest.param("batch", "all", marks=pytest.mark.slow),
         pytest.param("full", "completion", marks=pytest.mark.slow),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, ROWS, check_refused, is_problem, meanings, tiny_llama, write_rows
+from conftest import CHAT_TEMPLATE, ROWS, check_refused, is_problem, meanings, problem_text, tiny_llama, write_rows
 from fork_server import ForkServer
 from running import Cli, MakeConfig, until
 from tokenizers import processors
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, example_tokenizer, holding_out, token_cache
+from loratune.data import TokenizedDataset, example_tokenizer, token_cache
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
@@ -95,12 +95,17 @@ def test_source_weights_set_the_proportions(tmp_path: Path) -> None:
         ((10, 10), (1.0, 1.0), [10, 10]),
         ((10, 1000), (1.0, 3.0), [10, 30]),
         ((1000, 10), (0.5, 0.25), [20, 10]),
-        ((7, 1_000_000), (0.7, 0.3), [7, 3]),
+        ((7, 1000), (0.7, 0.3), [7, 3]),
         ((5, 100), (1e6, 1e-6), [5, 1]),
     ],
 )
-def test_mix_counts(counts: tuple[int, ...], weights: tuple[float, ...], expected: list[int]) -> None:
-    assert holding_out.mix_counts(counts, weights) == expected
+def test_how_many_rows_weights_use(
+    counts: tuple[int, ...], weights: tuple[float, ...], expected: list[int], tmp_path: Path
+) -> None:
+    paths = [numbered(tmp_path / f"{letter}.jsonl", count, letter) for letter, count in zip("ab", counts, strict=True)]
+    sources = [{"path": str(path), "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+    letters = [prompt[0] for prompt in prompts(checked(sources).train)]
+    assert [letters.count(letter) for letter in "ab"] == expected
 
 
 def test_fraction_of_rows_is_held_out(tmp_path: Path) -> None:
@@ -216,7 +221,9 @@ def test_report_round_trips_through_json() -> None:
         report.drop_invalid(Problem(Code.DATA_SYNTAX, "bad", f"rows:{line}"))
     again = Report.from_json(json.loads(json.dumps(report.to_dict())))
     assert again == report
-    assert again.dropped["why"] == RowTally(5, ["rows:0", "rows:1", "rows:2"])
+    assert again.dropped["why"] == RowTally(5, [f"rows:{line}" for line in range(5)])
+    assert again.dropped["why"].places == "rows:0, rows:1, rows:2, ..."
+    assert again.dropped_places()["why"][-1] == "rows:4"
 
 
 SOME = [
@@ -598,6 +605,26 @@ def test_memory_does_not_grow_with_the_number_of_rows(
     assert of(60_000) - of(10_000) < 32 << 20
 
 
+@pytest.mark.parametrize(("before", "said"), [
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}", True),
+    ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+     "{{ eos_token }}{% endif %}{% endfor %}", False),
+    (CHAT_TEMPLATE, False),
+])  # fmt: skip
+def test_a_template_without_a_generation_prompt_is_said(
+    before: str, said: bool, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """If answers have a header, which the model then has to write itself."""
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi!"}]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}] * 12)
+    (tmp_path / "chat.jinja").write_text(before)
+    ran = cli(
+        "train", run_config(data={"train": str(path), "chat_template": str(tmp_path / "chat.jinja")}), "--dry-run"
+    )
+    assert ran.code == 0, ran.err
+    assert ("ignores add_generation_prompt, so that answers begin with '<|assistant|>'" in ran.out) == said, ran.out
+
+
 def test_custom_chat_template_is_used(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text(
@@ -628,7 +655,7 @@ BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
     ),
     "nested parentheses": (
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-        "it is nested too deeply ",
+        "it is nested too deeply",
         Code.TEMPLATE_INVALID,
     ),
 }
@@ -645,7 +672,9 @@ def test_invalid_chat_template_files_are_refused(kind: str, cli: Cli, run_config
     path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
     ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
     assert ran.code == 2
-    assert ran.err.startswith(f"error: {template}") and ": data.chat_template: " in ran.err and message in ran.err
+    assert (
+        problem_text(ran.err).startswith(f"{template}") and ": data.chat_template: " in ran.err and message in ran.err
+    )
     assert all(f"[{code}]" in ran.err for code in codes)
 
 
@@ -653,7 +682,7 @@ def test_rows_longer_than_the_context_are_refused(cli: Cli, run_config: MakeConf
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
     check_refused(ran, 2, (Code.DATA_TOO_LONG, "", "data.max_length"))
-    assert "is 1024, and the longest row has 602 tokens, but the model has 512 positions [" in ran.err
+    assert "is 1024, and the longest row has 602 tokens, but the model has 512 positions;" in ran.err
     assert ran.err.endswith("; set it to 512\n") and ran.err.count("\n") == 1
     assert cli("train", run_config(data={"train": str(path), "max_length": 512}), "--dry-run").code == 0
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import config_in, write_rows
-from running import Cli
+from running import Cli, MakeConfig
 
 from loratune import console, events
-from loratune.cli import terminal
+from loratune.cli import display, terminal
 from loratune.cli.terminal import Terminal
 
 ROWS = [{"prompt": f"{number}:", "completion": f" {number}"} for number in range(8)]
@@ -41,14 +41,14 @@ def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.mark.parametrize(
     ("work", "expected"),
     [
-        (lambda: events.progress("wait\x1bing"), "wait\\x1bing: 0 s"),
-        (lambda: events.counting("counting", 3), "counting: 2 of 3, left 0 s"),
-        (lambda: events.reading("reading", 4_000_000), "reading: 0 of 4 MB, 0.0 MB/s"),
+        (lambda: events.progress("wait\x1bing"), ["wait\\x1bing", "wait\\x1bing: 0 s so far"]),
+        (lambda: events.counting("counting", 3), ["counting: 2 of 3, left 0 s"] * 2),
+        (lambda: events.reading("reading", 4_000_000), ["reading: 0 of 4 MB, 0.0 MB/s"] * 2),
     ],
     ids=["progress", "count", "bytes"],
 )
 def test_slow_work_prints_a_line_and_later_another(
-    work: Callable[[], object], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    work: Callable[[], object], expected: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal, "PATIENCE", 0.1)
     monkeypatch.setattr(terminal, "_PAUSE", 0.2)
@@ -57,7 +57,7 @@ def test_slow_work_prints_a_line_and_later_another(
         advance(2)
         time.sleep(0.4)
     ran = capsys.readouterr()
-    assert ran.out == "" and ran.err.splitlines() == [expected] * 2
+    assert ran.out == "" and ran.err.splitlines() == expected
 
 
 def test_a_task_is_not_shown_while_one_within_it_is(
@@ -69,7 +69,7 @@ def test_a_task_is_not_shown_while_one_within_it_is(
 
     def shown(what: str) -> str:
         told = ""
-        while f"{what}: " not in told:
+        while what not in told:
             time.sleep(0.05)
             told += capsys.readouterr().err
         return told
@@ -81,12 +81,28 @@ def test_a_task_is_not_shown_while_one_within_it_is(
         shown("outside")
 
 
+def test_quick_evaluations_have_no_lines_between_those_of_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    with events.listening(Terminal()):
+        events.emit(events.TrainingEvent(2, 0))
+        events.emit(events.StepEvent(1, 2, 10, 0.5, 1e-3))
+        with events.counting("scoring rows", 1):
+            time.sleep(0.2)
+        events.emit(events.TrainingEvent(2, 2, finished=True))
+        assert "scoring" not in capsys.readouterr().err
+        with events.counting("scoring rows", 1):
+            time.sleep(0.2)
+    assert capsys.readouterr().err == "scoring rows\n"
+
+
 def test_lines_between_reports_have_no_loss(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be that of an earlier step, and so would be the learning rate."""
     monkeypatch.setattr(terminal, "_PAUSE", -1.0)
-    with events.listening(Terminal()):
+    with events.listening(Terminal(verbose=True)):
         events.emit(events.TrainingEvent(4, 0))
         events.emit(events.StepEvent(1, 4, 10, 0.5, 1e-3, {"reward_margin": 2.0}))
         events.emit(events.StepEvent(2, 4, 20))
@@ -94,6 +110,65 @@ def test_lines_between_reports_have_no_loss(
     first, second = (line.replace(",", "") for line in capsys.readouterr().err.splitlines())
     assert re.fullmatch(r"step +1/4  loss 0\.5000  lr 1\.00e-03  \d+ tokens/s  reward margin 2\.000  left .+", first)
     assert re.fullmatch(r"step +2/4  \d+ tokens/s  left .+", second)
+
+
+def test_few_lines_report_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """One at the end, as no half minute passes."""
+    with events.listening(Terminal()):
+        events.emit(events.TrainingEvent(4, 0))
+        for step in range(1, 5):
+            events.emit(events.StepEvent(step, 4, 10 * step, 0.5 / step, 1e-3))
+            events.emit(events.EvaluationEvent(step, 4, 0.25 / step))
+        events.emit(events.TrainingEvent(4, 4, finished=True))
+    assert capsys.readouterr().err.splitlines()[-1] == "training: step 4 of 4  loss 0.125  held out 0.0625  0 s left"
+
+
+def test_the_plan_is_a_few_short_lines(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LORATUNE_VERBOSE")
+    ran = cli("train", run_config(data={"validation": 0.2}, training={"num_train_epochs": "auto"}))
+    assert ran.code == 0, ran.err
+    lines = ran.err.splitlines()
+    plan = lines[: next(number for number, line in enumerate(lines) if line.startswith("time ")) + 1]
+    assert len(plan) <= 15 and max(map(len, plan)) <= 100, plan
+    assert [line.split()[0] for line in plan if line[0] not in " !"][-4:] == ["rows", "example", "plan", "time"]
+    assert "LoRA r 8 on " in ran.err and " held out" in ran.err and "auto: " not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("  sure?    only a few rows, so optimistic", ["  sure?    only a few rows, so", "           optimistic"]),
+        ("a word and-another-one and more words", ["a word and-another-one and", "more words"]),
+        ("  try it   loratune generate --adapter out 'hello'", ["  try it   loratune generate --adapter out 'hello'"]),
+        ("         rows  duplicates  dropped", ["         rows  duplicates  dropped"]),
+        ("short", ["short"]),
+    ],
+)
+def test_long_lines_are_wrapped_between_words(line: str, expected: list[str]) -> None:
+    assert console.wrapped(line, 30) == expected
+
+
+@pytest.mark.parametrize(("line", "colour"), [
+    ("✓ beats its base", "green"), ("✗ worse", "red"), ("? cannot tell", "yellow"), ("         ! 4 labels", "yellow"),
+    ("error[data.format]: rows", "red"), ("errors are", None), ("  kept  what the base could do?", None),
+])  # fmt: skip
+def test_the_mark_of_a_line_is_coloured(line: str, colour: str | None) -> None:
+    """And nothing else: a line reads the same without colours."""
+    found = console.coloured(line)
+    assert found.plain == line and [str(span.style) for span in found.spans] == ([f"bold {colour}"] if colour else [])
+
+
+def test_a_table_is_stacked_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = ["", "base", "adapter"]
+    rows = [["  loss", "6.5 [6.3, 6.6]", "0.1 [0.0, 0.2]"], ["  exact match", "0 %", "91 %"]]
+    assert [*display._table(header, rows)][1].split() == ["loss", "6.5", "[6.3,", "6.6]", "0.1", "[0.0,", "0.2]"]
+    monkeypatch.setattr(display, "columns", lambda: 30)
+    assert [*display._table(header, rows)] == [
+        "loss", "  base     6.5 [6.3, 6.6]", "  adapter  0.1 [0.0, 0.2]",
+        "exact match", "  base     0 %", "  adapter  91 %",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("interactive", [True, False])
@@ -111,7 +186,7 @@ def test_terminal_progress_line_is_erased(impatient: None, monkeypatch: pytest.M
         events.note("a line beside it")
     shown = screen.getvalue()
     if not interactive:
-        assert shown.splitlines() == ["outside: 0 s", "inside: 0 of 2", "a line beside it"]
+        assert shown.splitlines() == ["outside", "inside", "a line beside it"]
     else:
         assert "outside" in shown and "inside" in shown and "a line beside it" in shown
         assert shown.endswith("\r\x1b[1A\x1b[2K")  # erases the line
@@ -126,7 +201,7 @@ def test_error_ends_the_progress_line(impatient: None, capsys: pytest.CaptureFix
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), events.listening(Terminal()):
             work()
-    assert capsys.readouterr().err == "working: 0 s\n" * 2
+    assert capsys.readouterr().err == "working\n" * 2
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +223,9 @@ BASE = ["loading the base", "hashing the base", "attaching the adapter"]
         (
             "train {place}/run.yaml --set output_dir={out} --set retention.kl_weight=1 --json",
             ["loading the base", "checking the weights of the base", "hashing the base", "attaching LoRA",
-             "trying batches on the base", "estimating the memory", "writing, in tokens of each text",
+             "trying batches on the base", "estimating the memory", "writing answers",
              "taking the first step",
-             "computing losses, in batches"],
+             "scoring rows"],
         ),
         ("params {place}/run.yaml --json", ["attaching LoRA", "estimating the memory"]),
         (
@@ -172,7 +247,7 @@ def test_every_command_reports_its_slow_stages(
     """Each stage has its own line on stderr. stdout contains only the output for programs."""
     ran = cli(*command.format(place=place, out=tmp_path / "new").split())
     assert ran.code == 0, ran.err
-    said = {line.rpartition(": ")[0] for line in ran.err.splitlines()}
+    said = {line.partition(": ")[0] for line in ran.err.splitlines()}
     assert [stage for stage in stages if stage not in said] == []
     if "--json" in command:
         json.loads(ran.out)

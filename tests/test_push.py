@@ -196,7 +196,7 @@ def test_local_paths_are_not_uploaded(
         {"step": 3, "key": "lora.start_from", "was": f"{secret}/was", "is": run.lora.start_from},
     ]
     with (adapter / "README.md").open("a") as file:
-        file.write(printable(card._change_lines(changes) + card._start_lines(run.resolved(), "none")))
+        file.write(printable(card._change_lines(changes) + card._start_lines(run.resolved(), {})))
     record = json.loads((adapter / "loratune.json").read_text())
     record |= {"changes": changes, "start_from": {"adapter": run.lora.start_from}}
     record["files"] = adapter_files.manifest(adapter)
@@ -341,7 +341,7 @@ def test_record_listing_a_file_outside_the_adapter_is_refused(adapter: Path, sta
 
 def test_full_disk_for_the_copy_is_reported(adapter: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, ME, limit=5_000)
-    assert ran.code == 8 and f" [{Code.SYSTEM_DISK_FULL}]" in ran.err and ran.err.count("\n") == 1
+    assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and ran.err.count("\n") == 1
     assert [seen for seen in state.seen if "agent" not in seen.line] == []
 
 

@@ -18,7 +18,6 @@ def test_list_of_shipped_configs() -> None:
         "falcon-7b-yelp.yaml",
         "llama-70b-qlora.yaml",
         "preferences/config.yaml",
-        "quickstart/config.yaml",
     ]
 
 
@@ -28,16 +27,15 @@ def test_shipped_configs_parse(path: Path) -> None:
     assert config.load(path, [f"output_dir={run.output_dir}"]) == run
 
 
-@pytest.mark.parametrize("name", ["README.md", "configs/README.md"])
-def test_config_in_the_readme_parses(name: str, tmp_path: Path) -> None:
-    blocks = (ROOT / name).read_text(encoding="utf-8").split("```yaml\n")[1:]
+def test_config_in_the_guide_parses(tmp_path: Path) -> None:
+    blocks = (ROOT / "configs" / "guide" / "settings.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
     (block,) = [block.split("```")[0] for block in blocks if block.startswith("model:")]
     (tmp_path / "readme.yaml").write_text(block, encoding="utf-8")
     assert config.load(tmp_path / "readme.yaml").lora.r == 8
 
 
 def test_sources_example_in_the_readme_parses(tmp_path: Path) -> None:
-    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "configs" / "guide" / "data.md").read_text(encoding="utf-8")
     (block,) = [block.split("```")[0] for block in text.split("```yaml\n")[1:] if block.startswith("data:")]
     rest = "model: {name_or_path: model}\noutput_dir: adapter\n"
     (tmp_path / "readme.yaml").write_text(block + rest, encoding="utf-8")

@@ -113,7 +113,7 @@ def test_resume_refuses_a_checkpoint_of_a_newer_release(
     before = tree(tmp_path / "out.partial")
     ran = cli("train", run_config(), "--resume")
     check_refused(ran, 7, (Code.ADAPTER_NEWER_RECORD, str(path), ""))
-    assert f"error: {path}: {NEWER}" in ran.err
+    assert f"]: {path}: {NEWER}" in ran.err
     assert tree(tmp_path / "out.partial") == before
 
 

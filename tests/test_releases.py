@@ -37,7 +37,7 @@ OTHERS = {
 }
 OTHERS |= {model_type: ("fp8", model_type) for model_type in ("qwen3_5", "qwen3_5_moe", "gemma3", "mistral3")}
 ALL = {form: (form, "llama") for form in FORMATS} | OTHERS
-TRAINED = ["gpt-oss", "gptq"]
+TRAINED = ["gptq"]
 
 
 class Release(NamedTuple):

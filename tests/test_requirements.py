@@ -18,8 +18,9 @@ from loratune.compare import comparison, requirements, tasks
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.comparison import Comparison
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, Difference
-from loratune.compare.requirements import OPTION, Requirement
+from loratune.compare.losses import LossComparison
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, Difference, RowLosses
+from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import TaskResults
 from loratune.errors import ConfigError, RequirementError
 from loratune.statistics import Interval
@@ -30,7 +31,7 @@ ASKED = ["json", "regex:(\\d+)<=>"]
 
 
 def parsed(text: str, **options: bool) -> Requirement:
-    (one,) = requirements.parse([text, text], ASKED, **({"against": True, "forgetting": True} | options))
+    (one,) = requirements.parse_requirements([text, text], ASKED, **({"against": True, "forgetting": True} | options))
     return one
 
 
@@ -74,17 +75,17 @@ def test_requirements_are_parsed(text: str, expected: tuple[Any, ...]) -> None:
 def test_invalid_requirements_are_refused(text: str, code: Code) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(text, against=False, forgetting=False)
-    assert meanings(caught.value) == [(code, "", OPTION)]
+    assert meanings(caught.value) == [(code, "", "require")]
     assert len(str(caught.value)) < 400
 
 
 def test_invalid_json_requires_the_json_metric() -> None:
     with pytest.raises(ConfigError) as caught:
-        requirements.parse(["invalid_json<0.1", "exact_mach>=0.9"])
+        requirements.parse_requirements(["invalid_json<0.1", "exact_mach>=0.9"])
     assert [code for code, _, _ in meanings(caught.value)] == [Code.USAGE_CONFLICT, Code.USAGE_BAD_VALUE]
     with pytest.raises(ConfigError):
         parsed("forgetting<base")
-    assert "--metric 'json'" in str(
+    assert "`metrics='json'`" in str(
         caught.value
     ) and "did you mean `exact_match`? the metrics are loss, perplexity, " in str(caught.value)
 
@@ -131,7 +132,7 @@ def test_majority_answer_can_be_the_bound() -> None:
             ModelAnswer(math.nan, "e", dict.fromkeys(("exact_match", "label_accuracy"), float(place < frequent)))
             for place in range(all_rows)
         ]
-        return verdict(comparison.compare_rows(found, majority=answers), "exact_match>majority")
+        return verdict(comparison.compare_rows(found, baselines={"majority": answers}), "exact_match>majority")
 
     assert met(60, 80, 40) and not met(42, 80, 40) and not met(40, 80, 40) and not met(40, 80, 60)
     one = comparison.compare_rows(rows(*[(0, 1, 0)] * 9)).judged([parsed("label>majority")]).requirements[0]
@@ -197,10 +198,12 @@ def test_too_few_rows_meet_no_requirement() -> None:
     [(0.049, True, True), (0.05, True, False), (0.051, True, False), (0.04, False, False)],
 )
 def test_high_end_of_the_forgetting_interval_decides(high: float, interval: bool, is_met: bool) -> None:
-    forgotten = Difference(0.03, Interval(0.01, high) if interval else None)
+    losses = RowLosses.of([1.0] * 9, [1.0] * 9)
+    difference = Difference(0.03, Interval(0.01, high) if interval else None)
+    forgotten = replace(LossComparison.of(losses, losses, "unrelated"), difference=difference)
     found = replace(comparison.compare_rows(rows(*[(0, 1, 0)] * 9)), forgetting=forgotten)
     assert verdict(found, "forgetting<0.05") is is_met
-    assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting, {})) is not interval
+    assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting)) is not interval
 
 
 def test_base_with_a_non_finite_loss_cannot_be_beaten() -> None:
@@ -214,11 +217,11 @@ def test_base_with_a_non_finite_loss_cannot_be_beaten() -> None:
 def test_every_failed_requirement_is_reported() -> None:
     found = comparison.compare_rows(rows(*[(0, 1, 0)] * 9))
     texts = ["loss<0.5", "loss<base", "exact_match>=0.9"]
-    judged = found.judged(requirements.parse(texts))
+    judged = found.judged(requirements.parse_requirements(texts))
     assert [one.met for one in judged.requirements] == [False, True, False]
     with pytest.raises(RequirementError) as caught:
         requirements.check_met(judged.requirements)
-    assert meanings(caught.value) == [(Code.EVALUATE_REQUIREMENT, "", OPTION)] * 2
+    assert meanings(caught.value) == [(Code.EVALUATE_REQUIREMENT, "", "require")] * 2
     requirements.check_met(judged.requirements[1:2])
     with pytest.raises(RequirementError) as caught:
         found.require(*texts)
@@ -237,7 +240,7 @@ def test_equal_scores_on_few_rows_are_weak_evidence() -> None:
     }) for row in rows(*[(1, 1, 1)] * 5)])  # fmt: skip
     asked = ["rouge_l"]
     for text, is_met in (("rouge_l>=1", False), ("rouge_l>=base", False), ("rouge_l>=0.56", True)):
-        (one,) = found.judged(requirements.parse([text], asked)).requirements
+        (one,) = found.judged(requirements.parse_requirements([text], asked)).requirements
         assert one.met is is_met, text
 
 
@@ -261,8 +264,8 @@ def task_results() -> TaskResults:
 )  # fmt: skip
 def test_requirements_on_task_metrics(text: str, is_met: bool) -> None:
     """With and without rows, the conservative end decides. The error for an unknown metric lists the known ones."""
-    required = requirements.parse([text], tasks=True, rows=False)
-    (alone,) = requirements.judged_tasks(task_results(), required).requirements
+    required = requirements.parse_requirements([text], tasks=True, rows=False)
+    (alone,) = task_results().judged(required).requirements
     found = replace(comparison.compare_rows(rows(*[(0, 1, 1)] * 9)), tasks=task_results())
     assert found.judged(required).requirements == [alone]
     assert alone.met is is_met, alone.reason
@@ -281,8 +284,8 @@ def test_requirements_on_task_metrics(text: str, is_met: bool) -> None:
 )
 def test_invalid_task_requirements_are_refused(text: str, options: dict[str, bool], code: Code) -> None:
     with pytest.raises(ConfigError) as caught:
-        requirements.parse([text], **options)
-    assert meanings(caught.value) == [(code, "", OPTION)]
+        requirements.parse_requirements([text], **options)
+    assert meanings(caught.value) == [(code, "", "require")]
 
 
 # The command
@@ -327,7 +330,7 @@ def test_failed_requirements_exit_with_11(place: Path, cli: Callable[..., Ran], 
     required = ("--require", "exact_match>=0.9", "--require", "loss<base", "--require", "loss<0.01")
     plain = cli(*evaluate(place, "new.jsonl", *["--json"] * as_json))
     ran = cli(*evaluate(place, "new.jsonl", *required, *["--json"] * as_json))
-    check_refused(ran, 11, *[(Code.EVALUATE_REQUIREMENT, "", OPTION)] * 2)
+    check_refused(ran, 11, *[(Code.EVALUATE_REQUIREMENT, "", "--require")] * 2)
     assert "`exact_match>=0.9`" in ran.errors[0] and "95 % interval" in ran.errors[0] and "`loss<0.01`" in ran.errors[1]
     if as_json:
         values = json.loads(ran.out)
@@ -341,15 +344,15 @@ def test_failed_requirements_exit_with_11(place: Path, cli: Callable[..., Ran], 
 
 
 def test_unknown_metric_lists_the_available_ones(place: Path, cli: Callable[..., Ran]) -> None:
-    ran = cli(*evaluate(place, "new.jsonl", "--require", "accuracy>=0.9"))
-    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(place / "new.jsonl"), OPTION))
-    assert "`accuracy>=0.9`" in ran.err and "loss, perplexity, exact_match, label_accuracy, or one" in ran.err
+    ran = cli(*evaluate(place, "new.jsonl", "--require", "reward_accuracy>=0.9"))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(place / "new.jsonl"), "--require"))
+    assert "`reward_accuracy>=0.9`" in ran.err and "loss, perplexity, exact_match, label_accuracy, or one" in ran.err
 
 
 def test_requirements_on_training_rows_are_refused(place: Path, cli: Callable[..., Ran]) -> None:
     path = str(place / "seen.jsonl")
     ran = cli(*evaluate(place, "seen.jsonl", "--require", "loss<base"))
-    check_refused(ran, 4, *[(Code.EVALUATE_OVERLAP, path, OPTION)] * 2)
+    check_refused(ran, 4, *[(Code.EVALUATE_OVERLAP, path, "--require")] * 2)
     assert ran.out == "" and f"({path}:37, {path}:38)" in ran.errors[0] and f"({path}:39)" in ran.errors[1]
     for arguments in ((), ("--require", "loss<base", "--allow-overlap")):
         ran = cli(*evaluate(place, "seen.jsonl", *arguments, "--json"))
@@ -377,8 +380,8 @@ def test_unusable_requirements_are_refused_before_loading(place: Path, cli: Call
     rows = write_rows(place / "text.jsonl", [{"text": word} for word in WORDS])
     command = evaluate(place, "text.jsonl")
     ran = cli(*command, "--require", "los<1", "--require", "loss<against")
-    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", OPTION), (Code.USAGE_CONFLICT, "", OPTION))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", "--require"), (Code.USAGE_CONFLICT, "", "--require"))
     check_refused(cli(*command, "--allow-overlap"), 2, (Code.USAGE_CONFLICT, "", "--allow-overlap"))
     (ran,), heavy = imported([*command, "--require", "label>0.5"])  # reads the rows, unlike the other cases
-    check_refused(ran, 4, (Code.DATA_FIELD, str(rows), OPTION))
+    check_refused(ran, 4, (Code.DATA_FIELD, str(rows), "--require"))
     assert not heavy & {"torch", "peft", "bitsandbytes"}

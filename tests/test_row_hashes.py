@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from loratune import data
 from loratune.config import DataSection, Source
 from loratune.data import splits
-from loratune.data.row_index import CONTENT_HASH
+from loratune.data.row_keys import CONTENT_HASH
 from loratune.data.splits import Overlap, RowHashes
+from loratune.errors import DataError
 from loratune.system.directories import ROW_HASHES
 
 SPACED = {"prompt": "a  3", "completion": "b"}
@@ -35,8 +36,8 @@ EXACT = sorted(by_hand(row["prompt"], row["completion"]) for row in [*ROWS, SPAC
 def keep(directory: Path, rows: list[dict[str, Any]], **section: Any) -> Path:
     """Write the row hashes into a directory."""
     values = {"train": str(write_rows(directory / "rows.jsonl", rows)), **section}
-    train = data.read_datasets(DataSection.model_validate(values), 0).train
-    splits.write_row_hashes(directory, train, None, continued=False)
+    read = data.read_datasets(DataSection.model_validate(values), 0)
+    splits.write_row_hashes(directory, read, None, continued=False)
     return directory
 
 
@@ -55,11 +56,27 @@ def test_stored_hashes_match_a_reference(tmp_path: Path) -> None:
     assert by_hand("a 3", "b") == -6689142993834507418
 
 
-def test_held_out_rows_are_not_hashed(tmp_path: Path) -> None:
+def test_validation_rows_are_apart(tmp_path: Path) -> None:
+    """They are no overlap, but rows that the run has read."""
     keep(tmp_path, ROWS, validation=0.3)
-    assert len(load_file(tmp_path / ROW_HASHES)["exact"]) == 6
+    kept = load_file(tmp_path / ROW_HASHES)
+    assert len(kept["exact"]) == 6 and sorted([*kept["exact"], *kept["validation"]]) == [n for n in EXACT if n in {
+        by_hand(row["prompt"], row["completion"]) for row in ROWS}]  # fmt: skip
     overlap = look_up(tmp_path / "rows.jsonl", tmp_path)
     assert overlap.to_dict() == {"exact": 6, "folded": 0, "rows": 9}
+    read = DataSection.model_validate({"train": "unknown"})
+
+    def check(rows: list[dict[str, str]]) -> None:
+        path = write_rows(tmp_path / "others.jsonl", rows)
+        splits.check_unseen(data.read_source(Source(path=str(path)), read), tmp_path)
+
+    check([{"prompt": "other", "completion": "b"}])
+    for row in (*ROWS, {"prompt": "a   4", "completion": "b"}):
+        with pytest.raises(DataError, match="1 of 1 rows are"):
+            check([row])
+    save_file(INT64, tmp_path / ROW_HASHES, metadata())  # of an earlier release
+    with pytest.raises(DataError, match="not known"):
+        check([{"prompt": "other", "completion": "b"}])
 
 
 def test_hashes_do_not_depend_on_the_file_format(tmp_path: Path) -> None:
@@ -96,6 +113,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a huge header": lambda path: path.write_bytes(b"\xff" * 7 + b"\0" + b"{}" * 50),
     "no metadata": lambda path: save_file(INT64, path),
     "other metadata": lambda path: save_file(INT64, path, {"loratune": "[" * 100_000}),
+    "validation of floats": lambda path: save_file(INT64 | {"validation": np.arange(2.0)}, path, metadata()),
     "a tensor less": lambda path: save_file({"exact": np.arange(3)}, path, metadata()),
     "floats": lambda path: save_file(INT64 | {"exact": np.arange(3.0)}, path, metadata()),
     "a matrix": lambda path: save_file(INT64 | {"folded": np.zeros((2, 2), int)}, path, metadata()),
@@ -131,7 +149,7 @@ def test_hashes_include_rows_of_the_earlier_adapter(tmp_path: Path) -> None:
     first = splits.read_row_hashes(tmp_path / "first")
     assert isinstance(first, RowHashes)
     values = {"train": str(tmp_path / "second" / "rows.jsonl")}
-    train = data.read_datasets(DataSection.model_validate(values), 0).train
+    train = data.read_datasets(DataSection.model_validate(values), 0)
     for earlier, is_complete in ((first, True), (None, False)):
         splits.write_row_hashes(tmp_path, train, earlier, continued=True)
         overlap = look_up(tmp_path / "first" / "rows.jsonl", tmp_path)

@@ -134,7 +134,7 @@ def by_hand(
     return losses, before, {name: weight.detach() for name, weight in trained.items()}
 
 
-ALWAYS = [("dpo", "cohere"), ("simpo", "granite"), ("orpo", "gemma2"), ("kto", "cohere")]
+ALWAYS = [("dpo", "cohere"), ("orpo", "gemma2")]
 
 
 @pytest.mark.parametrize(

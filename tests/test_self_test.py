@@ -249,3 +249,11 @@ def test_the_check_before_training_leaves_b_as_it_was(fails: bool, monkeypatch: 
         # A projection makes the weights of the base views of one tensor.
         assert "base_layer" in name or before[name] == (weight, weight.data_ptr(), weight._version)
         assert torch.equal(weight, values[name]) and weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["the gradient of the loss", "the gradient of the losses of rows"])
+def test_the_check_before_training_sees_a_loss_that_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, owner, function, changed = OF_LAYERS[name]
+    change(monkeypatch, owner, function, changed)
+    found = kernels.accelerate(fresh(), attach.adapted_linear)
+    assert found.fallbacks == {"loss": "its kernel does not compute the same"}

@@ -107,7 +107,7 @@ def run_file(folder: Path, base: Path, **lora: Any) -> Path:
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(one, marks=[] if one in ("qwen3_5", "mistral3") else [pytest.mark.slow]) for one in WRAPPED],
+    [pytest.param(one, marks=[] if one == "mistral3" else [pytest.mark.slow]) for one in WRAPPED],
 )
 def test_an_adapter_of_a_wrapped_base_applies_in_the_wrapper(
     tmp_path: Path, model_type: str, tokenizer: Any, cli: Cli, untraced: None

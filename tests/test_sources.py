@@ -545,6 +545,7 @@ def test_progress_adds_up_to_the_file_size(tmp_path: Path, name: str) -> None:
 AROUND = {"jsonl": ('{"text": "', '"}'), "csv": ("text\n", ""), "txt": ("", "")}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """In a fresh process. 40 MB of rows take little more than 2 MB of them, and one row of 50 MB takes a few times its
     size (csv uses four bytes per character of a cell)."""

@@ -20,7 +20,7 @@ from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import holding_out
 from loratune.data.formats import Conversation, Example, Ids, Plain
-from loratune.data.row_index import RowIndex, completion_key, group_key, prompt_key
+from loratune.data.row_keys import HASHED_ROW, completion_key, group_key, prompt_key
 from loratune.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -187,14 +187,14 @@ def test_split_is_stratified_by_label(file: Path, fraction: float) -> None:
     labels = [label for label, count in zip("abcde", (301, 150, 77, 9, 1), strict=True) for _ in range(count)]
     rows = [{"prompt": f"p{number}", "completion": label} for number, label in enumerate(labels)]
     _, held_out, remarks = divided(file, rows, fraction)
-    assert remarks == ["stratified by 5 completions"]
+    assert remarks == ["stratified by 5 labels"]
     assert len(held_out) == round(fraction * len(rows))
     counts, held = Counter(labels), Counter(row["completion"] for row in held_out)
     assert all(abs(held[label] - fraction * count) < 1 for label, count in counts.items())
     assert divided(file, rows, fraction, seed=1)[1] != held_out
     pairs = [row | {"prompt": f"p{number // 2}"} for number, row in enumerate(rows)]
     _, held_out, remarks = divided(file, pairs, fraction)
-    assert remarks[1] == "stratified by 5 completions, each group by that of most of its rows"
+    assert remarks[1] == "stratified by 5 labels, each group by that of most of its rows"
     held = Counter(row["completion"] for row in held_out)
     assert all(abs(held[label] - fraction * count) <= 3 for label, count in counts.items())
 
@@ -298,11 +298,10 @@ def test_memory_is_proportional_to_the_rows(count: int, linked: bool) -> None:
     hashes = random.permutation(count) * 2**40
     pairs = hashes // 2 if linked else hashes
     groups = random.integers(0, count // 10, count) if linked else hashes
-    columns = (hashes, pairs, hashes, np.roll(pairs, count // 3), hashes % 100, groups)
-    index = RowIndex((), (count,), np.stack(columns, axis=1))
-    mask = np.ones(count, dtype=np.bool_)
+    columns = (hashes, pairs, hashes, np.roll(pairs, count // 3), hashes % 100, groups, hashes)
+    rows = np.rec.fromarrays(columns, dtype=HASHED_ROW)
     tracemalloc.start()
-    held_out, remarks = holding_out.hold_out(index, mask, 0.1, "doc", 0)
+    held_out, remarks = holding_out.hold_out(rows, 0.1, "doc", 0, str)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert remarks and held_out.any()

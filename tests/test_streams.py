@@ -150,7 +150,7 @@ def test_stderr_ends_before_native_code_reports_on_itself(debug: bool) -> None:
     command = [sys.executable, "-c", ENDING, "params", "no.yaml", *["--debug"] * debug]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     error, _, rest = done.stderr.partition("a summary\n")
-    assert (done.returncode, done.stdout) == (2, f"{not debug}\n") and error.count("error: no.yaml: ") == 1
+    assert (done.returncode, done.stdout) == (2, f"{not debug}\n") and error.count("]: no.yaml: ") == 1
     assert ("Arena 0:" in rest) is debug and bool(rest) is debug
 
 

@@ -1,9 +1,10 @@
-"""The study of a sweep: foreign files are left alone, no trial is lost or run twice, and results are checked."""
+"""What a sweep tries, which mistakes are refused before the first trial, and how its study and results are kept."""
 
-import json
+import itertools
 import os
 import resource
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -13,127 +14,221 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from conftest import Ran, check_refused, meanings, tree
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from conftest import Ran, check_refused, meanings, tree, write_rows
+from optuna.distributions import FloatDistribution, IntDistribution
 from running import MakeConfig
-from test_study_grid import RATES, parsed, study_config
 
 from loratune.codes import Code
 from loratune.compare.metrics import RowLosses
-from loratune.errors import ConfigError, LockedError, ResourceError, ResumeError
+from loratune.errors import ConfigError, LockedError, ResourceError, ResumeError, install
 from loratune.report.study import BEST, DONE, LIKE_BEST, WORSE, StudyResults, TrialResult, rank
-from loratune.study import storage
-from loratune.study.study import Study, TrialRecord
+from loratune.study import grid
+from loratune.study.sweep import Study
 
 Cli = Callable[..., Ran]
-_ANY = ".*"  # messages of numpy, zlib and base64
-RANGE = parsed("lora.r=2..8").axes
-VALUES = parsed("lora.r=2,4,8").axes
+RATES = ("--grid", "training.learning_rate=1e-3,1e-2")
+HELD_OUT = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(40, 60)]
+
+
+def study_config(folder: Path, make: MakeConfig, **sections: Any) -> Path:
+    """The config of the tiny run with a file of validation rows."""
+    validation = str(write_rows(folder / "held-out.jsonl", HELD_OUT))
+    data = {"train": str(folder / "rows.jsonl"), "validation": validation} | sections.pop("data", {})
+    return make(data=data, **sections)
 
 
 @pytest.fixture
 def config(tmp_path: Path, run_config: MakeConfig) -> Callable[..., Path]:
-    """Writes a sweep config into the folder of a test."""
+    """Writes such a config into the folder of a test."""
     return lambda **sections: study_config(tmp_path, run_config, **sections)
 
 
+# The grid
+
+
+def parsed(*options: str) -> grid.Grid:
+    return grid.parse(options, Path("c.yaml"), [])
+
+
+def test_commas_in_brackets_and_quotes_are_part_of_a_value() -> None:
+    found = parsed("lora.target_modules=[q,v],all-linear", "lora.r= 8, 16")
+    assert [axis.values for axis in found.axes] == [("[q,v]", "all-linear"), ("8", "16")]
+    assert [grid.label(one) for one in found.combinations()] == [
+        "lora.target_modules=[q,v] lora.r=8",
+        "lora.target_modules=[q,v] lora.r=16",
+        "lora.target_modules=all-linear lora.r=8",
+        "lora.target_modules=all-linear lora.r=16",
+    ]
+
+
+def test_first_combinations_cover_the_ends_of_the_grid() -> None:
+    """A sweep that ends early has tried low and high values of each key."""
+    order = parsed("training.learning_rate=1e-4,3e-4,1e-3", "lora.r=4,8,16", "lora.lora_alpha=16").spread_out()
+    shown = [(one["training.learning_rate"], one["lora.r"]) for one in order]
+    assert shown[:5] == [("1e-4", "4"), ("1e-3", "16"), ("1e-4", "16"), ("3e-4", "8"), ("1e-3", "4")]
+    assert sorted(shown) == sorted(itertools.product(("1e-4", "3e-4", "1e-3"), ("4", "8", "16")))
+
+
+def test_ranges_are_integer_linear_or_logarithmic() -> None:
+    axes = parsed("training.learning_rate=1e-5..1e-3", "lora.r=4..8", "lora.lora_dropout=0..0.2").axes
+    assert [axis.distribution for axis in axes] == [
+        FloatDistribution(1e-5, 1e-3, log=True), IntDistribution(4, 8), FloatDistribution(0, 0.2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("lora.r", ""),
+        ("lora.r=8,,16", "lora.r"),
+        ("training.learning_rate=1e-3..1e-5", "training.learning_rate"),
+        ("model.dtype=float32,bfloat16", "model.dtype"),
+        ("data.validation=0.1,0.2", "data.validation"),
+        ("output_dir=a,b", "output_dir"),
+        ("lora={r: 2},{r: 4}", "lora"),
+        (f"lora.r={','.join(map(str, range(10_001)))}", ""),
+    ],
+)
+def test_malformed_grids_are_refused(option: str, key: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parsed(option)
+    assert [(one.code, one.key) for one in refused.value.problems] == [(Code.USAGE_BAD_VALUE, key)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("2", 120), ("0.5", 30), ("45s", 45)]
+)
+def test_budgets_are_parsed_with_and_without_units(text: str, seconds: float) -> None:
+    assert grid.parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "", "soon", "-5", "30 monkeys", "1e99h", "\u0661m", "\u0663", "1_0"])
+def test_malformed_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        grid.parse_time(text)
+
+
+# Refused before the first trial
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[object, ...], int, tuple[Code, str, str], str]] = {
+    "an unknown key": (
+        {}, ("--grid", "training.lerning_rate=1e-3,1e-2"), 2,
+        (Code.CONFIG_UNKNOWN_KEY, "--grid", "training.lerning_rate"), "learning_rate",
+    ),
+    "one value in two spellings": (
+        {}, ("--grid", "training.learning_rate=1e-3,0.001"), 2, (Code.USAGE_BAD_VALUE, "--grid", ""), "once",
+    ),
+    "seeds without a file of validation rows": (
+        {"data": {"validation": 0.2}}, ("--grid", "training.seed=1,2"), 2,
+        (Code.USAGE_BAD_VALUE, "--grid", "training.seed"), "",
+    ),
+    "no grid": ({}, (), 2, (Code.USAGE_CONFLICT, "", "--grid"), "--grid training.learning_rate="),
+    "a range without an end": (
+        {}, ("--grid", "training.learning_rate=1e-4..1e-2"), 2, (Code.USAGE_CONFLICT, "", "--grid"), "--trials",
+    ),
+    "a budget shorter than one trial": (
+        {"training": {"num_train_epochs": 100_000}}, (*RATES, "--budget", "2s"), 2,
+        (Code.CONFIG_BUDGET, "", "--budget"), "is shorter than one trial",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_are_reported_before_the_first_trial(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    sections, arguments, exit_code, problem, words = REFUSED[name]
+    ran = cli("sweep", config(**sections), *arguments)
+    check_refused(ran, exit_code, problem)
+    assert words in ran.errors[0] and not (tmp_path / "out").exists()
+    assert [*tmp_path.glob("out.study/trials/*")] == []
+
+
+def test_each_value_and_each_combination_is_checked(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    ran = cli("sweep", config(), "--grid", "lora.r=4,0,7", "--grid", "lora.init_lora_weights=true,orthogonal")
+    assert ran.code == 2 and len(ran.errors) == 2, ran.err
+    assert f"[{Code.CONFIG_BAD_VALUE}]" in ran.err  # 0 is invalid whatever else is set
+    assert f"[{Code.CONFIG_BAD_VALUE}]" in ran.err and "lora.r=7 lora.init_lora_weights=orthogonal" in ran.err
+    assert not (tmp_path / "out.study").exists()
+
+
+def test_targets_are_checked_before_loading_weights(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    ran = cli("sweep", config(), "--grid", "lora.target_modules=[q],[no_such_module]")
+    assert ran.code == 3 and "lora.target_modules=[no_such_module]" in ran.err, ran.err
+    assert not (tmp_path / "out.study").exists()
+
+
+def test_validation_rows_are_required(cli: Cli, run_config: MakeConfig) -> None:
+    path = run_config()
+    check_refused(cli("sweep", path, *RATES), 2, (Code.CONFIG_MISSING_KEY, str(path), "data.validation"))
+
+
+def test_config_error_is_reported_once(cli: Cli, config: MakeConfig) -> None:
+    file = config(lora={"rank": 8})
+    ran = cli("sweep", file, *RATES, "--grid", "lora.r=2,4")
+    assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{file}:"), ran.err
+
+
+def test_missing_optuna_is_reported_with_the_extra_to_install(cli: Cli, config: MakeConfig) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "optuna", None)
+        ran = cli("sweep", config(), *RATES)
+    check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", ""))
+    assert install("sweep") in ran.err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://", "sqlite:///file:a?mode=memory&uri=true",
+        "sqlite:////no/such/directory/study.db", "sqlite:///a\0b", "study.db", "", "nosuch://x", "oracle://host/x",
+        "mysql://h:a/db", "mysql:joe:hunter2@host",
+    ],
+)  # fmt: skip
+def test_invalid_storage_url_is_a_usage_error(cli: Cli, config: MakeConfig, tmp_path: Path, url: str) -> None:
+    ran = cli("sweep", config(), *RATES, "--storage", url)
+    assert ran.code == 2 and f"[{Code.SWEEP_STUDY}]" in ran.err and "--storage" in ran.err, ran.err
+    assert "sqlite:///study.db" in ran.err and "hunter2" not in ran.err + ran.out
+    assert not (tmp_path / "out.study").exists()
+
+
+# The study
+
+
+RANGE, VALUES = parsed("lora.r=2..8").axes, parsed("lora.r=2,4,8").axes
+_ANY = ".*"  # messages of numpy, zlib and base64
+
+
 def opened(folder: Path, url: str | None = None) -> Study:
-    study = Study(folder, "out", url, halving=False, seed=0)
+    study = Study(folder, "out", url, seed=0)
     study.check({}, record=True)  # as a sweep does before its first trial
     return study
+
+
+def rank_of(r: str) -> dict[str, str]:
+    return {"lora.r": r}
 
 
 def states(study: Study) -> list[tuple[int, str]]:
     return [(one.number, one.state) for one in study.records()]
 
 
-# Foreign files
-
-
-def optunas(study: Path, name: str, *, trials: int = 0, cut: bytes = b"") -> None:
-    """An optuna journal written by another program."""
-    storage = JournalStorage(JournalFileBackend(str(study / "journal.log")))
-    theirs = optuna.create_study(study_name=name, storage=storage)
-    for _ in range(trials):
-        theirs.ask()
-    with (study / "journal.log").open("ab") as journal:
-        journal.write(cut)
-
-
-def database(path: Path, *tables: str) -> Path:
-    with closing(sqlite3.connect(path)) as made:
-        for table in tables or ("notes",):
-            made.execute(f"CREATE TABLE {table} (note TEXT)")
-    return path
-
-
-def inside(study: Path, parent: str, name: str) -> Path:
-    (study / parent).mkdir()
-    return study / parent / name
-
-
-def journal(text: str) -> tuple[str, Callable[[Path], object]]:
-    return "journal.log", lambda study: (study / "journal.log").write_text(text)
-
-
-URLS = {"storage": "sqlite:///{}/storage", "uri": "sqlite:///file:{}/storage?uri=true"}
-NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "a link to a directory": ("", lambda study: (study.rmdir(), study.symlink_to(study.parent / "elsewhere"))),
-    "a link that leads nowhere": ("", lambda study: (study.rmdir(), study.symlink_to("nowhere"))),
-    "a file in place of the study": ("", lambda study: (study.rmdir(), study.write_text("mine"))),
-    "a directory of something else": ("", lambda study: (study / "notes.txt").write_text("mine")),
-    "an unfinished line": journal("mine"),
-    "an unfinished line of JSON": journal('{"op_code":0,"wor'),
-    "a line of text": journal("mine\n"),
-    "lines of text": journal("a\nb\nand half a lin"),
-    "other JSON": journal('{"level": 3}\n{"level"'),
-    "an empty file": journal(""),
-    "the journal of another study": ("journal.log", lambda study: optunas(study, "other", cut=b'{"op')),
-    "a journal of another program": ("journal.log", lambda study: optunas(study, "out", trials=1, cut=b'{"op')),
-    "a link to a journal": ("journal.log", lambda study: (study / "journal.log").symlink_to("/dev/zero")),
-    "a pipe": ("journal.log", lambda study: os.mkfifo(study / "journal.log")),
-    "a directory in place of a journal": ("journal.log", lambda study: (study / "journal.log").mkdir()),
-    "a link to the lock on a journal": (
-        "journal.log.lock",
-        lambda study: (study / "journal.log.lock").symlink_to("nowhere"),
-    ),
-    "other results": ("results.json", lambda study: (study / "results.json").write_text('{"loss": 1}')),
-    "results that are no JSON": ("results.json", lambda study: (study / "results.json").write_text("mine")),
-    "a link to results": ("results.json", lambda study: (study / "results.json").symlink_to("../elsewhere/mine")),
-    "a link to locks": ("locks", lambda study: (study / "locks").symlink_to("../elsewhere")),
-    "a link to trials": ("trials", lambda study: (study / "trials").symlink_to("nowhere")),
-    "a link to a lock": (
-        "locks/study",
-        lambda study: inside(study, "locks", "study").symlink_to("../../elsewhere/new"),
-    ),
-    "a pipe in place of a lock": ("locks/study", lambda study: os.mkfifo(inside(study, "locks", "study"))),
-    "a link to the lock of a trial": ("locks/0000", lambda study: inside(study, "locks", "0000").symlink_to("nowhere")),
-    "a link to a trial": ("trials/0000", lambda study: inside(study, "trials", "0000").symlink_to("../../elsewhere")),
-    "another database by its URI": ("uri", lambda study: database(study.parent / "storage")),
-    "another database": ("storage", lambda study: database(study.parent / "storage")),
-    "a database with a table that Optuna has too": (
-        "storage",
-        lambda study: database(study.parent / "storage", "users", "alembic_version"),
-    ),
-    "a text in place of a database": ("storage", lambda study: (study.parent / "storage").write_text("mine " * 200)),
+NOT_OURS: dict[str, Callable[[Path], object]] = {
+    "a directory of something else": lambda study: (study / "notes.txt").write_text("mine"),
+    "a file in place of the study": lambda study: (study.rmdir(), study.write_text("mine")),
+    "an unfinished line": lambda study: (study / "journal.log").write_text("mine"),
+    "lines of text": lambda study: (study / "journal.log").write_text("a\nb\nand half a lin"),
+    "other JSON": lambda study: (study / "journal.log").write_text('{"level": 3}\n{"level"'),
 }
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
-def test_foreign_files_are_refused_and_left_unchanged(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    file, study = config(), tmp_path / "out.study"
+def test_foreign_files_are_refused_and_left_unchanged(name: str, tmp_path: Path) -> None:
+    study = tmp_path / "out.study"
     study.mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "mine").write_text("mine")
-    place, make = NOT_OURS[name]
-    make(study)
-    url = URLS[place].format(tmp_path) if place in URLS else None
-    before = sorted(tmp_path.rglob("*")), tree(tmp_path)
-    ran = cli("sweep", file, *RATES, *(("--storage", url) if url else ()))
-    where, key = (url.partition("?")[0], "--storage") if url else (str(study / place), "")
-    check_refused(ran, 2, (Code.SWEEP_STUDY, where, key))
-    assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
+    NOT_OURS[name](study)
+    before = tree(tmp_path)
+    with pytest.raises((ConfigError, ResumeError)) as refused:
+        opened(study)
+    assert refused.value.problems[0].code == Code.SWEEP_STUDY and tree(tmp_path) == before
 
 
 def test_optuna_study_of_another_program_is_refused(tmp_path: Path) -> None:
@@ -145,7 +240,7 @@ def test_optuna_study_of_another_program_is_refused(tmp_path: Path) -> None:
     optuna.create_study(study_name="out", storage=f"{url}2", direction="maximize")
     for one in (url, f"{url}2"):
         with pytest.raises(ConfigError) as refused:
-            Study(tmp_path / "study", "out", one, halving=False, seed=0).check({}, record=False)
+            opened(tmp_path / "study", one)
         assert meanings(refused.value) == [(Code.SWEEP_STUDY, one, "")]
     theirs = optuna.load_study(study_name="out", storage=url)
     assert [trial.state.name for trial in theirs.trials] == ["RUNNING", "WAITING"] and not theirs.user_attrs
@@ -154,7 +249,7 @@ def test_optuna_study_of_another_program_is_refused(tmp_path: Path) -> None:
 def test_directory_of_a_study_with_another_name_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(ConfigError) as refused:
-        Study(tmp_path, "new", None, halving=False, seed=0)
+        Study(tmp_path, "new", None, seed=0)
     assert refused.value.problems[0].code == Code.SWEEP_STUDY and "'out'" in refused.value.problems[0].what
 
 
@@ -164,74 +259,38 @@ def test_directory_of_a_study_with_another_name_is_refused(tmp_path: Path) -> No
         {"settings": {"model.trust_remote_code": "true"}},  # a valid key of the config, but not of the grid
         {"settings": {"lora.r": "8", "data.train": "/etc/passwd"}},
         {"settings": ["lora.r"]},
-        {"settings": {"lora.r": 8}},
-        {"settings": {"lora.r": "8"}, "first": -1},
         {"settings": {"lora.r": "8"}, "first": "../../x"},
         {"settings": {"lora.r": "8"}, "result": "x"},
-        {"settings": {"lora.r": "8"}, "host": 3},
     ],
     ids=str,
 )
 def test_forged_trial_is_not_run(tmp_path: Path, attributes: dict[str, Any]) -> None:
     study = opened(tmp_path)
     study._study.enqueue_trial({}, user_attrs=attributes)
-    with pytest.raises(ResumeError) as lost, study.claim(None, RANGE, None):
+    with pytest.raises(ResumeError) as lost, study.next_trial(None, RANGE, None):
         raise AssertionError
     assert "no sweep has written" in lost.value.problems[0].what
 
 
-def test_invalid_study_identity_is_refused(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    study._study.set_user_attr("identity", "x")
-    with pytest.raises(ResumeError):
-        study.check({"lora.r": "8"}, record=True)
-
-
-# A damaged, locked or unreachable storage
-
-
-def test_damaged_journal_is_reported_with_the_line_number(tmp_path: Path) -> None:
-    """Optuna ignores an unreadable last line and appends to it, which would make the journal unreadable."""
-    opened(tmp_path)
-    for line in (b"mine\n", b"[1]\n", b"[" * 100_000 + b"\n"):
-        kept = (tmp_path / "journal.log").read_bytes()
-        (tmp_path / "journal.log").write_bytes(kept + line)
-        with pytest.raises(ResumeError) as damaged:
-            opened(tmp_path)
-        assert meanings(damaged.value) == [(Code.SWEEP_STUDY, f"{tmp_path / 'journal.log'}:3", "")]
-        assert (tmp_path / "journal.log").read_bytes() == kept + line
-        (tmp_path / "journal.log").write_bytes(kept)
-    assert opened(tmp_path).records() == []
-
-
-def test_incomplete_last_line_of_a_journal_is_replaced(tmp_path: Path) -> None:
-    """Opening a study does not change its journal."""
-    study, other = opened(tmp_path), opened(tmp_path)
-    with (tmp_path / "journal.log").open("ab") as file:
-        file.write(b'{"op_code":4,"worker')
-    before = tree(tmp_path)
-    assert opened(tmp_path).records() == [] and tree(tmp_path) == before
-    study.enqueue([{"lora.r": "8"}])
-    other.enqueue([{"lora.r": "4"}])
-    for one in (study, opened(tmp_path)):
-        assert [record.settings["lora.r"] for record in one.records()] == ["8", "4"]
-
-
-def test_full_disk_is_reported_and_the_study_stays_usable(tmp_path: Path) -> None:
-    """Simulated by a file size limit. The incomplete line is removed later."""
+def test_incomplete_last_line_of_a_journal_is_removed(tmp_path: Path) -> None:
+    """Optuna would append to it, which would make the journal unreadable. Simulated by a limit of the file size."""
     study, path = opened(tmp_path), tmp_path / "journal.log"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
     try:
-        with pytest.raises(ResourceError) as full:
-            study.enqueue([{"lora.r": "8"}])
+        with pytest.raises(ResourceError) as full, study.next_trial([rank_of("8")], VALUES, None):
+            raise AssertionError
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert meanings(full.value) == [(Code.SYSTEM_DISK_FULL, str(path), "")]
     assert not path.read_bytes().endswith(b"\n")
-    again = Study(tmp_path, "out", None, halving=False, seed=0)
-    again.enqueue([{"lora.r": "8"}])
-    assert states(again) == [(0, "waiting")]
+    again = opened(tmp_path)
+    with again.next_trial([rank_of("8")], VALUES, None):
+        assert states(again) == [(0, "running")]
+    assert states(opened(tmp_path)) == [(0, "running")]
+    path.write_bytes(path.read_bytes() + b"mine\n")
+    with pytest.raises(ResumeError):
+        opened(tmp_path).records()
 
 
 def test_locked_database_is_distinguished_from_a_damaged_one(tmp_path: Path) -> None:
@@ -243,201 +302,93 @@ def test_locked_database_is_distinguished_from_a_damaged_one(tmp_path: Path) -> 
         for use in (study.records, lambda: opened(tmp_path / "study", url)):
             with pytest.raises(LockedError) as locked:
                 use()
-            assert meanings(locked.value) == [(Code.SYSTEM_LOCKED, f"sqlite:///{path}", "--storage")]
+            assert meanings(locked.value) == [(Code.SYSTEM_LOCKED, f"sqlite:///{path}", "storage")]
     with path.open("r+b") as file:
         file.seek(100)
         file.write(b"\xff" * 4000)
-    with pytest.raises(ResumeError):
+    with pytest.raises(ConfigError) as damaged:
         opened(tmp_path / "study", url)
+    assert meanings(damaged.value) == [(Code.SWEEP_STUDY, f"sqlite:///{path}", "storage")]
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "mysql://joe:hunter2@host/db", "postgresql://host/db?user=joe&password=hunter2", "sqlite:///host?PWD=hunter2",
-        "mysql:joe:hunter2@host", "joe:hunter2@host",
-    ],
-)  # fmt: skip
-def test_passwords_in_storage_urls_are_not_printed(url: str) -> None:
-    is_url = "://" in url
-    assert "hunter2" not in storage.shown(url) and ("host" in storage.shown(url)) == is_url
-    if is_url:
-        error = storage.explained(OSError(f"cannot connect to {url}: wrong password 'hunter2'"), "host", url)
-        assert "hunter2" not in str(error) and "wrong password" in str(error)
-
-
-# Claiming trials
-
-
-def taken(study: Study, *labels: str, most: int | None = None) -> TrialRecord | None:
-    """The trial that a process claims and does not finish."""
-    with study.claim({*labels} or None, VALUES if labels else RANGE, most) as record:
-        return record
-
-
-def test_trials_outside_the_grid_of_a_command_stay_queued(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    study.enqueue([{"lora.r": r} for r in ("2", "4", "8")])
-    with study.claim({"lora.r=8"}, VALUES, None) as record:
-        assert record is not None and record.settings == {"lora.r": "8"} and record.number == 2
-        assert states(study) == [(0, "waiting"), (1, "waiting"), (2, "running")]
-    assert states(study) == [(0, "waiting"), (1, "waiting"), (2, "waiting")]
+@pytest.mark.parametrize("url", ["nosuch://joe:hunter2@host/db", "nosuch://host/db?user=joe&password=hunter2"])
+def test_passwords_in_storage_urls_are_not_printed(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        opened(tmp_path, url)
+    assert "hunter2" not in str(refused.value) and "nosuch://host/db" in str(refused.value)
 
 
 @pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"], ids=["journal", "database"])
-def test_trial_is_claimed_once_and_keeps_its_number_on_retry(tmp_path: Path, url: str | None) -> None:
-    """Also if its process was killed, so that its lock is free although its state is still running."""
-    url = url and url.format(tmp_path)
-    one, two = opened(tmp_path / "study", url), opened(tmp_path / "study", url)
-    for study in (one, two):
-        study.enqueue([{"lora.r": "2"}, {"lora.r": "4"}])
-    with one.claim({"lora.r=2"}, VALUES, None) as record:
+def test_trial_that_was_cut_off_is_tried_again_under_its_number(tmp_path: Path, url: str | None) -> None:
+    """Its lock is free although the storage calls it running. A trial of another process is left to it."""
+    wanted = [rank_of("2"), rank_of("4")]
+    one, two = (opened(tmp_path / "study", url and url.format(tmp_path)) for _ in range(2))
+    with one.next_trial(wanted, VALUES, None) as record:
         assert record is not None and record.number == 0
-        assert taken(two, "lora.r=2") is None
-        with two.claim({"lora.r=2", "lora.r=4"}, VALUES, None) as other:
-            assert other is not None and other.number == 1
-            two.finish(other, {"seconds": 1.0}, 0.5)
-    assert states(two) == [(0, "waiting"), (1, DONE)]
-    killed = one.claim({"lora.r=2"}, VALUES, None)
-    record = killed.__enter__()
-    assert record is not None and record.number == 0 and states(two)[0] == (0, "running")
-    os.unlink(tmp_path / "study" / "locks" / "0000")  # as if the kernel had released it
-    again = taken(two, "lora.r=2")
-    assert again is not None and again.number == 0 and states(two)[0] == (0, "waiting")
-    killed.__exit__(None, None, None)
+        with two.next_trial(wanted, VALUES, None) as other:
+            assert other is not None and other.settings == rank_of("4") and other.number == 1
+            two.finish({"seconds": 1.0}, 0.5)
+        with two.next_trial(wanted, VALUES, None) as nothing:
+            assert nothing is None
+    assert [two.is_cut_off(one) for one in two.records()] == [True, False]
+    with two.next_trial(wanted, VALUES, None) as again:
+        assert again is not None and again.number == 0 and again.optuna_number > 1
+        one.finish({}, 2.0)  # of the process that is believed to have ended: too late
+        two.finish({}, 1.0)
+    assert states(two) == [(0, DONE), (1, DONE)] and two.records()[0].optuna_number == again.optuna_number
 
 
-def test_finished_trial_is_not_requeued_after_an_interrupt(tmp_path: Path) -> None:
-    """The interrupt arrives after the trial was recorded as finished."""
-    study = opened(tmp_path)
-    study.enqueue([{"lora.r": "8"}])
-    with pytest.raises(KeyboardInterrupt), study.claim(None, RANGE, 1) as record:
-        assert record is not None
-        study.finish(record, {}, 1.0)
-        raise KeyboardInterrupt
-    assert states(study) == [(0, DONE)]
-
-
-def test_only_trials_without_recent_heartbeat_are_taken_over(tmp_path: Path) -> None:
-    """Two output directories of the same name share a database, like two machines, and see only each other's
-    heartbeats."""
+def test_trials_of_other_machines_are_left_alone(tmp_path: Path) -> None:
+    """Two directories with a common database stand for two machines."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     one, two = (opened(tmp_path / name, url) for name in ("one", "two"))
-    one.enqueue([{"lora.r": "2"}])
-    with one.claim({"lora.r=2"}, VALUES, None) as record:
-        assert record is not None and taken(two, "lora.r=2") is None
-        with closing(sqlite3.connect(tmp_path / "study.db")) as storage:
-            storage.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-29 minutes')")
-            storage.commit()
-            assert taken(two, "lora.r=2") is None
-            storage.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-31 minutes')")
-            storage.commit()
-        with two.claim({"lora.r=2"}, VALUES, None) as again:
-            assert again is not None and again.number == record.number == 0
-            assert [found.place for found in two.records()] == [str((tmp_path / "two").resolve())]
-            two.finish(again, {}, 0.5)
-    assert states(one) == [(0, DONE)]
+    with one.next_trial([rank_of("2")], VALUES, None) as record:
+        assert record is not None
+    with two.next_trial([rank_of("2")], VALUES, None) as nothing:
+        assert nothing is None and states(two) == [(0, "running")]
+    with one.next_trial([rank_of("2")], VALUES, None) as again:
+        assert again is not None and again.number == 0
 
 
-def test_combination_enqueued_by_two_machines_is_one_trial(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    for _ in range(2):
-        study._study.enqueue_trial({}, user_attrs={"settings": {"lora.r": "2"}})
-    with study.claim({"lora.r=2"}, VALUES, None) as record:
-        assert record is not None and states(study) == [(0, "running")]
-        study.finish(record, {}, 0.5)
-    assert taken(study, "lora.r=2") is None and states(study) == [(0, DONE)]
-
-
-def test_sampled_values_are_not_repeated(tmp_path: Path) -> None:
-    study, drawn = opened(tmp_path), []
-    for _ in range(9):
-        with study.claim(None, parsed("lora.r=2..4").axes, 5) as record:
+def test_drawn_values_are_not_repeated_and_kept_when_cut_off(tmp_path: Path) -> None:
+    study, drawn, axes = opened(tmp_path), list[str](), parsed("lora.r=2..4").axes
+    with study.next_trial(None, axes, 5) as cut_off:
+        assert cut_off is not None
+    for number in range(9):
+        with study.next_trial(None, axes, 5) as record:
             if record is not None:
+                assert number > 0 or record.settings == cut_off.settings
                 drawn.append(record.settings["lora.r"])
-                study.finish(record, {}, float(len(drawn)))
+                study.finish({}, float(len(drawn)))
     assert sorted(drawn) == ["2", "3", "4"]
 
 
 # Results
 
 
-def made_results() -> StudyResults:
-    """Results of three trials: the second is best, the third is worse."""
+def test_results_are_read_as_written_or_not_at_all(tmp_path: Path) -> None:
     losses = {
         number: RowLosses(np.full(6, 5.0 + extra), np.ones(6), np.ones(6)) for number, extra in ((0, 0.1), (1, 0))
     }
-    found = [
-        TrialResult(number, {"training.learning_rate": rate}, {}, DONE if number < 2 else "waiting", seconds=1.5)
-        for number, rate in enumerate(("1e-3", "1e-2", "3e-2"))
-    ]
-    return StudyResults("out", "base", ["training.learning_rate"], 6, 6, rank(found, losses), "/gone/out")
-
-
-def study_in(folder: Path) -> Path:
-    path = folder / "study"
-    path.mkdir()
-    return path
-
-
-def spoiled(**changes: Any) -> Callable[[dict[str, Any]], str]:
-    def spoil(values: dict[str, Any]) -> str:
-        values["trials"][0] |= changes
-        return json.dumps(values)
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        spoiled(loss=float("nan")), spoiled(loss="five"), spoiled(settings=[]), spoiled(number=-1),
-        spoiled(verdict="won"), spoiled(seconds=1e300), lambda _: "[" * 100_000, lambda _: "[]", lambda _: "\0",
-        lambda values: json.dumps(values | {"winner": 7}), lambda values: json.dumps(values | {"rows": "many"}),
-        lambda values: json.dumps(values | {"version": 2}), lambda values: json.dumps(values).replace("5.", "5" * 400),
-    ],
-)  # fmt: skip
-def test_forged_results_are_refused(cli: Cli, tmp_path: Path, spoil: Callable[[Any], str]) -> None:
-    file = study_in(tmp_path) / "results.json"
-    file.write_text(spoil(json.loads(json.dumps(made_results().to_dict()))))
-    ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
-    check_refused(ran, 2, (Code.SWEEP_STUDY, str(file), "--study"))
-    assert not (tmp_path / "page.html").exists()
-
-
-@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
-def test_results_must_be_a_regular_file(cli: Cli, tmp_path: Path, target: str) -> None:
-    file = study_in(tmp_path) / "results.json"
-    os.mkfifo(file) if target == "pipe" else file.symlink_to(target)
-    ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
-    check_refused(ran, 2, (Code.SWEEP_STUDY, str(file), "--study"))
-
-
-def test_page_shows_untrusted_results_as_text(cli: Cli, tmp_path: Path) -> None:
-    values = json.loads(json.dumps(made_results().to_dict()))
-    values["keys"].append("$\\frac{")
-    evil = {"$\\frac{": "$x_{", "training.learning_rate": "1e400"}
-    values["trials"][0] |= {"settings": evil, "note": "<script>alert(1)</script>", "state": "\x1b]0;x\x07"}
-    (study_in(tmp_path) / "results.json").write_text(json.dumps(values))
-    page = tmp_path / "page.html"
-    assert cli("report", "--study", tmp_path / "study", "--output", page).code == 0
-    assert "<script" not in page.read_text() and "&lt;script&gt;" in page.read_text()
-    assert "/gone/out" not in page.read_text()  # a path that does not exist, as if the study had been moved
-
-
-def test_results_are_not_written_through_links_or_pipes(tmp_path: Path) -> None:
-    results, precious = made_results(), tmp_path / "precious"
-    precious.write_text("precious")
-    (tmp_path / "results.json.unfinished").symlink_to(precious)
+    trials = [TrialResult(number, {"lora.r": f"{number}"}, {}, DONE, seconds=1.5) for number in range(2)]
+    results = StudyResults("out", "base", ["lora.r"], 6, 6, rank(trials, losses))
     results.write(tmp_path)
-    os.mkfifo(tmp_path / "results.json.unfinished")
-    results.write(tmp_path)
-    assert precious.read_text() == "precious" and StudyResults.read(tmp_path) == results
+    assert StudyResults.read(tmp_path) == results and [*os.listdir(tmp_path)] == ["results.json"]
+    text = (tmp_path / "results.json").read_text()
+    for spoiled in (
+        "[" * 100_000,
+        "[]",
+        "\0",
+        text.replace('"version": 1', '"version": 2'),
+        text.replace("1.5", "1e300"),
+    ):
+        (tmp_path / "results.json").write_text(spoiled)
+        assert StudyResults.read(tmp_path) is None
     (tmp_path / "results.json").unlink()
     (tmp_path / "results.json").mkdir()
     with pytest.raises(ResumeError):
         results.write(tmp_path)
-    assert not (tmp_path / "results.json.unfinished").exists()
+    assert [*os.listdir(tmp_path)] == ["results.json"]
 
 
 def test_invalid_row_losses_are_refused() -> None:

@@ -1,33 +1,32 @@
 """Complete runs of `loratune sweep`: trials are trained, compared, interrupted, shared, and the best is published."""
 
 import json
+import math
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import ATTENTION, Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
+from conftest import ATTENTION, Ran, check_refused, config_in, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, until
-from test_study_grid import HELD_OUT, RATES, study_config
+from test_preferences import config as preference_config
+from test_study import HELD_OUT, RATES, study_config
 from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import ConfigError
-from loratune.events import Event, NoteEvent, ProgressEvent, StepEvent
 from loratune.lora import creation, tensors
 from loratune.model.fingerprints import BaseState
 from loratune.report.study import BEST, WORSE, StudyResults
-from loratune.study.sweep import Sweep
-from loratune.study.trials import Budget, TrialProgress
+from loratune.study.trials import Budget
 
 Cli = Callable[..., Ran]
 RANKS = ("--grid", "lora.r=2,4")
@@ -43,7 +42,9 @@ def config(tmp_path: Path, run_config: MakeConfig) -> Callable[..., Path]:
 
 
 def results(folder: Path) -> StudyResults:
-    return StudyResults.read(folder / "out.study")
+    found = StudyResults.read(folder / "out.study")
+    assert found is not None
+    return found
 
 
 def states(folder: Path) -> list[str]:
@@ -72,9 +73,9 @@ def copied(swept: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def adapter(folder: Path) -> Path:
-    """The adapter of the best trial."""
-    number = results(folder).trials[0].number
+def adapter(folder: Path, number: int | None = None) -> Path:
+    """The adapter of a trial, by default of the best one."""
+    number = results(folder).trials[0].number if number is None else number
     return folder / "out.study" / "trials" / f"{number:04}" / "out"
 
 
@@ -165,19 +166,18 @@ def test_study_with_another_config_is_refused(copied: Path, forked: Cli, changed
     assert named in ran.errors[0] and not (copied / "out").exists()
 
 
-def test_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> None:
+def test_report_on_the_published_adapter_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> None:
+    """Not that on an adapter which is another than that of the study beside it."""
     page = tmp_path / "page.html"
-    assert cli("report", "--study", swept / "out.study", "--output", page).code == 0
-    text = page.read_text()
-    for trial in results(swept).trials:
-        assert f"{trial.loss:.4f}" in text
-    assert text.count('<svg class="chart"') == 2 and "<script" not in text and "http" not in text.split("</style>")[1]
-    rows, before = swept / "rows.jsonl", tree(swept)
-    ran = cli("report", "--study", swept / "out.study", "--output", rows, "--overwrite")
-    check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(rows), "--output"))
-    assert tree(swept) == before
-    check_refused(cli("report", "--study", tmp_path), 2, (Code.SWEEP_STUDY, str(tmp_path), "--study"))
-    check_refused(cli("report"), 2, (Code.USAGE_CONFLICT, "", ""))
+    assert cli("report", "--adapter", swept / "out", "--output", page).code == 0
+    text, found = page.read_text(), results(swept)
+    assert "Held-out loss of the trials" in text and found.summary() in text and found.conclusion() in text
+    for name in ("out", "out.study"):
+        shutil.copytree(swept / name, tmp_path / name)
+    record = tmp_path / "out" / "loratune.json"
+    record.write_text(record.read_text() + "\n")
+    assert cli("report", "--adapter", tmp_path / "out", "--output", page, "--overwrite").code == 0
+    assert "Held-out loss of the trials" not in page.read_text()
 
 
 # Trials without an adapter
@@ -204,9 +204,10 @@ def test_foreign_files_at_the_path_of_a_trial_end_the_sweep(forked: Cli, config:
     (place / "notes.txt").write_text("mine")
     ran = forked("sweep", config(**SHORT), *RATES)
     check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(place), "output_dir"))
-    assert (place / "notes.txt").read_text() == "mine" and states(tmp_path) == ["waiting", "waiting"]
+    assert (place / "notes.txt").read_text() == "mine" and states(tmp_path) == ["interrupted"]
 
 
+@pytest.mark.slow
 def test_time_budgets_can_be_tried(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     """No step fits into 6 ms, which counts as a failed trial. Two minutes suffice for all steps of the epoch."""
     ran = forked("sweep", config(), "--grid", "training.max_minutes=2,3,0.0001", "--trials", 2)
@@ -220,7 +221,7 @@ def test_time_budgets_can_be_tried(forked: Cli, config: MakeConfig, tmp_path: Pa
 
 
 def test_trial_worse_than_the_base_is_reported(
-    forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    forked: Cli, config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """The rows are generated by the base, which is certain of them, so no adapter can be better."""
     model = tiny_llama()
@@ -239,9 +240,6 @@ def test_trial_worse_than_the_base_is_reported(
     assert ran.code == 6, ran.err
     assert states(tmp_path) == ["learned nothing", "worse than base"]
     assert "diverged" not in ran.out + ran.err
-    assert cli("report", "--study", tmp_path / "out.study", "--output", tmp_path / "page.html").code == 0
-    page = (tmp_path / "page.html").read_text()
-    assert "worse than base" in page and "diverged" not in page
 
 
 # The budget
@@ -255,8 +253,11 @@ def test_sweep_publishes_the_best_so_far_when_the_budget_ends(
     arguments = ("sweep", file, *RATES, "--storage", f"sqlite:///{tmp_path / 'study.db'}")
     child = processes.start(*arguments, "--budget", "1h", first=NO_TIME)
     assert child.wait() == 0, child.said()
-    assert sorted(states(tmp_path)) == ["done", "waiting"] and (tmp_path / "out" / WEIGHTS).exists()
-    assert "of the budget are left" in child.out.read_text()
+    assert states(tmp_path) == ["done"] and (tmp_path / "out" / WEIGHTS).exists()
+    said = child.out.read_text()
+    assert (
+        "of the budget are left" in said and "1 combination left; the same command with --overwrite continues" in said
+    )
     child = processes.start(*arguments, "--overwrite")
     assert child.wait() == 0 and states(tmp_path) == ["done", "done"], child.said()
 
@@ -304,13 +305,17 @@ def test_rerun_resumes_an_interrupted_trial(
         assert child.wait() == (-9 if number == signal.SIGKILL else 130), child.said()
         assert not (tmp_path / "out").exists()
         if number == signal.SIGINT:
-            assert "rerun the same command to resume" in child.said() and states(tmp_path) == ["waiting", "waiting"]
+            assert "rerun the same command to resume" in child.said() and states(tmp_path) == ["interrupted"]
             assert "0 with an adapter" in child.out.read_text()
         else:
             assert "continuing" in child.said() or "resum" in child.said()
+    # Killed again, between asking for the trial anew and giving up the one that was cut off.
+    first = "import os, optuna\noptuna.Study.tell = lambda *arguments, **keywords: os.kill(os.getpid(), 9)"
+    assert processes.start(*sweep, first=first).wait() == -9
     ran = forked(*sweep)
     assert ran.code == 0 and ("continuing" in ran.err or "resum" in ran.err), ran.err
-    assert states(tmp_path) == ["done", "done"] and [trial.number for trial in results(tmp_path).trials] == [0, 1]
+    assert states(tmp_path) == ["done", "done"] and results(tmp_path).trials[0].number == 0
+    assert len([*(tmp_path / "out.study" / "trials").iterdir()]) <= 2
     straight = tmp_path / "straight"
     again = forked("train", file, "--set", "training.learning_rate=1e-2", "--set", f"output_dir={straight}")
     assert again.code == 0 and (straight / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
@@ -335,7 +340,7 @@ def test_signal_between_two_trials_loses_no_result(
     assert child.wait() == (130 if number == signal.SIGINT else -9)
     if number == signal.SIGINT:
         trials = results(tmp_path).trials
-        assert [(one.number, one.state) for one in trials] == [(0, "done"), (1, "waiting")]
+        assert [(one.number, one.state) for one in trials] == [(0, "done")]
     ran = forked("sweep", file, *RATES)
     assert ran.code == 0 and "trial 0:" not in ran.err, ran.err
     assert states(tmp_path) == ["done", "done"]
@@ -347,11 +352,12 @@ def test_two_processes_share_one_study(processes: ForkServer, config: MakeConfig
     children = [processes.start(*arguments), processes.start(*arguments)]
     assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
     tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
-    assert all(tried) and sorted(tried[0] + tried[1]) == [str(number) for number in range(4)]
+    assert sorted(tried[0] + tried[1]) == ["0", "1", "2", "3"]
     published = [json.loads(child.out.read_text())["published"] for child in children]
     assert str(tmp_path / "out") in published
-    assert states(tmp_path) == ["done"] * 4 and (tmp_path / "out" / WEIGHTS).exists()
-    assert not (tmp_path / "out.partial").exists()
+    found = results(tmp_path).trials
+    assert states(tmp_path) == ["done"] * 4 and len({json.dumps(one.settings) for one in found}) == 4
+    assert (tmp_path / "out" / WEIGHTS).exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_better_adapter_replaces_the_published_one(processes: ForkServer, config: MakeConfig, tmp_path: Path) -> None:
@@ -376,32 +382,23 @@ def test_better_adapter_replaces_the_published_one(processes: ForkServer, config
 def test_machines_share_a_database_and_keep_their_adapters(
     processes: ForkServer, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """Two folders of the same name represent two machines with different names."""
-    children, arguments = [], (*RATES, *RANKS, "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--json")
+    """Two folders stand for two machines. The best adapter is published where it is."""
+    arguments, children = (*RATES, *RANKS, "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--json"), []
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
-        first = "from loratune.study import sweep\nfrom loratune.study import study\n"
-        first += f"sweep.host = study.host = lambda: {name!r}"
         file = study_config(folder, config_in(folder, tiny_dir))
-        children.append(processes.start("sweep", file, *arguments, first=first))
+        children.append(processes.start("sweep", file, *arguments))
+        until(lambda: (tmp_path / "one" / "out.study" / "trials" / "0000").exists(), children[0])
     assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
     tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
-    assert len(tried[0] + tried[1]) == len({*tried[0], *tried[1]}) == 4  # regardless of which machine enqueued it
+    assert all(tried) and len({*tried[0], *tried[1]}) == len(tried[0] + tried[1]) >= 4
     last = max((json.loads(child.out.read_text()) for child in children), key=lambda one: str(one).count("'done'"))
-    owner = 0 if str(last["winner"]) in tried[0] else 1
-    published = [(tmp_path / name / "out").exists() for name in ("one", "two")]
-    assert not published[1 - owner] and (
-        published[owner] or "the same command publishes it there" in str(last["notes"])
-    )
-
-
-def test_successive_halving_stops_worse_trials(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # order of trials: first, last, second, third
-    ran = forked("sweep", config(training={"max_steps": 5, "eval_steps": 1}), "--grid", rates, "--halving")
-    assert ran.code == 0, ran.err
-    assert "stopped early" in states(tmp_path)
-    assert results(tmp_path).trials[0].settings["training.learning_rate"] == "1e-2"
+    owner, other = ("one", "two") if str(last["winner"]) in tried[0] else ("two", "one")
+    ran = [processes.start("sweep", tmp_path / name / "run.yaml", *arguments, "--overwrite") for name in (owner, other)]
+    assert [child.wait() for child in ran] == [0, 0]
+    assert (tmp_path / owner / "out" / WEIGHTS).exists()
+    assert "the same command publishes it there" in ran[1].out.read_text()
 
 
 @pytest.mark.slow
@@ -445,25 +442,6 @@ def test_missing_or_replaced_adapter_is_not_published(forked: Cli, copied: Path)
     shutil.copytree(other, adapter(copied))
     check_refused(forked("sweep", copied / "run.yaml", *RATES, *RANKS), 5, missing)
     assert not (copied / "out").exists()
-
-
-@pytest.mark.parametrize("level", range(4), ids=["adapter", "trial", "trials", "study"])
-def test_links_are_not_followed_when_a_trial_is_removed(cli: Cli, copied: Path, level: int) -> None:
-    """Neither an existing link nor one that has just appeared."""
-    found = adapter(copied)
-    place = (found, *found.parents)[level]
-    place.rename(copied / "elsewhere")
-    place.symlink_to(copied / "elsewhere")
-    kept = tree(copied / "elsewhere")
-    sweep: Any = object.__new__(Sweep)
-    sweep.directory, sweep.name, sweep.log = copied / "out.study", "out", print
-    with pytest.raises(ConfigError) as refused:
-        sweep._remove(int(found.parent.name))
-    assert meanings(refused.value) == [(Code.SWEEP_STUDY, str(place), "")]
-    if level:
-        ran = cli("sweep", copied / "run.yaml", *RATES, *RANKS)
-        check_refused(ran, 2, (Code.SWEEP_STUDY, str(place), ""))
-    assert tree(copied / "elsewhere") == kept and not (copied / "out").exists()
 
 
 def test_directory_that_appears_at_output_dir_is_kept(processes: ForkServer, copied: Path) -> None:
@@ -518,12 +496,108 @@ def test_single_bit_change_of_the_base_is_detected() -> None:
     assert state.restore(base)
 
 
-def test_trial_sends_heartbeats_during_steps_and_progress() -> None:
-    beats, seen = list[object](), list[Event]()
-    study: Any = SimpleNamespace(show_life=beats.append)
-    record: Any = object()
-    listen = TrialProgress(seen.append, study, record, halving=False, brief=False)
-    events = [NoteEvent("a"), ProgressEvent(1, "tokenizing"), StepEvent(1, 2, 3)]
-    for event in events:
-        listen(event)
-    assert beats == [record] * 2 and seen == events
+# Preference objectives: trials are compared by the loss of the config's own objective
+
+BETAS = ("--grid", "preferences.beta=0.1,0.5")
+SIX_STEPS = {"max_steps": 6, "eval_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def preferred(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A folder with a sweep over two betas. Its output is in `said`."""
+    folder = tmp_path_factory.mktemp("preferred")
+    child = processes.start("sweep", preference_config(config_in(folder, tiny_dir), folder, training=SIX_STEPS), *BETAS)
+    assert child.wait() == 0, child.said()
+    (folder / "said").write_text(child.out.read_text())
+    return folder
+
+
+def test_all_trials_are_measured_by_the_same_loss(preferred: Path, cli: Cli, tmp_path: Path) -> None:
+    """By the DPO loss with the config's beta, from log-probabilities of stock layers, regardless of their own beta."""
+    found = results(preferred)
+    assert (found.unit, found.rows, found.total) == ("pair", 12, 12)
+    assert [trial.state for trial in found.trials] == ["done"] * 2
+    for trial in found.trials:
+        if not adapter(preferred, trial.number).exists():  # worse than the best trial, so it was removed
+            continue
+        rows = tmp_path / f"{trial.number}.jsonl"
+        command = ("evaluate", "--adapter", adapter(preferred, trial.number), "--data", preferred / "held-out.jsonl")
+        assert cli(*command, "--output", rows).code == 0
+        losses = []
+        for row in map(json.loads, rows.read_text().splitlines()):
+            changes = [
+                row["adapter"][f"{side}_log_probability"] - row["base"][f"{side}_log_probability"]
+                for side in ("chosen", "rejected")
+            ]
+            losses.append(math.log1p(math.exp(-0.1 * (changes[0] - changes[1]))))
+        assert trial.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert trial.interval is not None and trial.interval[0] < trial.loss < trial.interval[1]
+
+
+def test_table_reports_the_unit_of_the_loss(preferred: Path) -> None:
+    said = (preferred / "said").read_text()
+    assert said.startswith("✓ better than its base: the loss per pair went from 0.693 to ")
+    assert ", by the loss per pair of dpo with beta 0.1, the base as the reference\n" in said
+    header = next(line for line in said.splitlines() if line.split()[:1] == ["trial"])
+    assert header.split()[:5] == ["trial", "beta", "loss", "per", "pair"]
+    assert "on these pairs" in said or "not significantly different from trial" in said
+
+
+def test_published_loss_matches_that_of_the_run(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The reference is the adapter the run started from, although it is no longer attached during measurement."""
+    first = forked("train", preference_config(run_config, tmp_path, output_dir=str(tmp_path / "first")))
+    assert first.code == 0, first.err
+    file = preference_config(run_config, tmp_path, lora={"start_from": str(tmp_path / "first")}, training=SIX_STEPS)
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3,1e-2", "--budget", "30m", "--json")
+    assert ran.code == 0, ran.err
+    values = json.loads(ran.out)
+    best = results(tmp_path).trials[0]
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    assert best.verdict == BEST and values["winner"] == best.number and values["unit"] == "pair"
+    assert best.loss == pytest.approx(metrics["held_out_loss"], abs=1e-5)
+    evaluated = forked("evaluate", "--adapter", tmp_path / "out", "--data", tmp_path / "held-out.jsonl")
+    assert "was trained with the adapter that it started from as the reference, not the base" in evaluated.err
+    assert values["measured_by"] == "dpo with beta 0.1, the adapter that it started from as the reference"
+
+
+def test_unpaired_preferences_are_measured_per_answer(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    file = preference_config(
+        run_config, tmp_path, "kto", data={"validation": 0.25}, training={"max_steps": 4, "eval_steps": 2}
+    )
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3,1e-2", "--budget", "30m")
+    assert ran.code == 0, ran.err
+    found = results(tmp_path)
+    assert found.unit == "answer" and "held-out answers, by the loss per answer of kto with beta 0.1" in ran.out
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    assert found.trials[0].loss == pytest.approx(metrics["held_out_loss"], abs=1e-5)
+
+
+def test_changing_the_measuring_beta_requires_a_new_study(preferred: Path, forked: Cli) -> None:
+    """All trials are measured with the config's beta, although each has its own."""
+    other = preferred / "other.yaml"
+    values = yaml.safe_load((preferred / "run.yaml").read_text())
+    other.write_text(yaml.safe_dump(values | {"preferences": {"beta": 0.2}}))
+    ran = forked("sweep", other, *BETAS, "--overwrite")
+    check_refused(ran, 2, (Code.SWEEP_STUDY, str(preferred / "out.study"), ""))
+    assert "what trials are compared by" in ran.errors[0]
+
+
+def test_objectives_can_be_compared_in_one_sweep(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """ORPO, which has no reference, is also measured by the config's DPO loss."""
+    ran = forked(
+        "sweep", preference_config(run_config, tmp_path, training=SIX_STEPS), "--grid", "training.objective=dpo,orpo"
+    )
+    assert ran.code == 0, ran.err
+    found: dict[str, Any] = {trial.settings["training.objective"]: trial for trial in results(tmp_path).trials}
+    assert found.keys() == {"dpo", "orpo"}
+    assert {name: trial.state for name, trial in found.items()} == {"dpo": "done", "orpo": "done"}
+    assert found["dpo"].verdict == BEST and found["dpo"].loss < math.log(2) < found["orpo"].loss
+
+
+@pytest.mark.parametrize("other", ["kto", "sft"])
+def test_objective_for_another_row_format_is_refused(
+    other: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    ran = cli("sweep", preference_config(run_config, tmp_path), "--grid", f"training.objective=dpo,{other}")
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "--grid", "training.objective"))
+    assert f"cannot be {other}, as the rows are preference pairs" in ran.err and not (tmp_path / "out.study").exists()

@@ -6,8 +6,8 @@ The arithmetic is tested with made-up times. Tests of complete runs assert nothi
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
-from itertools import count, islice
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 import yaml
 from conftest import check_refused, config_in, tree, write_rows
 from fork_server import Child, ForkServer
-from numpy.typing import NDArray
 from running import WEIGHTS, Cli, MakeConfig, before_batch, checkpoints, until
 from test_preferences import config as compared_config
 
@@ -24,39 +23,12 @@ from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.data.packing import BatchLayout
 from loratune.system.launcher import Group
-from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler
-from loratune.training.duration import Costs, Speed, step_seconds
-from loratune.training.time_budget import FEWEST, WARM_UP, is_timed_enough, step_budget
-
-UNBOUNDED = 2**40
-"""A limit above the number of steps of any run here."""
+from loratune.training.duration import Costs
+from loratune.training.schedule import Seconds
+from loratune.training.time_budget import FEWEST, WARM_UP, is_timed_enough, steps_within
 
 # The speed of batches
-
-
-def test_speed_is_fitted_by_a_line() -> None:
-    work = [100.0, 300.0, 200.0, 800.0]
-    speed = Speed.fitted(work, [0.5 + 0.01 * operations for operations in work])
-    assert (speed.per_batch, speed.per_operation) == pytest.approx((0.5, 0.01))
-    assert speed.seconds(10, 5000) == pytest.approx(55)
-
-
-@pytest.mark.parametrize(
-    ("work", "seconds", "per_batch", "per_operation"),
-    [
-        ([100, 100], [1, 3], 0, 0.02),  # intercept and slope cannot be distinguished
-        ([100, 200], [3, 1], 2, 0),  # a larger batch was faster, so the difference is noise
-        ([100, 200], [1, 4], 0, 5 / 300),  # an empty batch would take negative time
-        ([0, 0], [1, 3], 2, 0),
-    ],
-)
-def test_speed_fit_is_constrained_for_noisy_times(
-    work: list[float], seconds: list[float], per_batch: float, per_operation: float
-) -> None:
-    speed = Speed.fitted(work, seconds)
-    assert (speed.per_batch, speed.per_operation) == pytest.approx((per_batch, per_operation))
-    assert speed.seconds(len(work), sum(work)) == pytest.approx(sum(seconds))  # reproduces the measured total
 
 
 @pytest.mark.parametrize(
@@ -163,74 +135,17 @@ def test_micro_step_costs_follow_the_sampler_of_the_run(packing: str, processes:
         assert operations.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4, 20])
-def test_steps_do_not_span_epochs(accumulation: int) -> None:
-    micro_steps = iter([np.array([1.0, 2, 3, 4, 5, 6]), np.array([6.0, 5, 4, 3, 2, 1])])
-    first, second = step_seconds(micro_steps, Speed(0.5, 10), 0.25, accumulation)
-    section = TrainingSection(num_train_epochs=1, gradient_accumulation_steps=accumulation)
-    assert len(first) == len(second) == optimizer_steps(section, 6, 1, 1)[1]
-    assert first.sum() == second.sum() == pytest.approx(6 * 0.5 + 210 + 0.25 * len(first))
-    assert first[0] == pytest.approx(sum(0.5 + 10 * number for number in range(1, min(accumulation, 6) + 1)) + 0.25)
+# The seconds of a run
 
 
-# The number of steps
-
-
-def epochs(*seconds: float) -> Iterator[NDArray[np.float64]]:
-    return (np.array(seconds) for _ in count())
-
-
-@pytest.mark.parametrize(
-    ("left", "steps"),
-    [(20.0, 10), (19.99, 9), (23.0, 11), (24.99, 11), (25.0, 12), (2009.0, 1004)],
-)
-def test_step_budget_spans_several_epochs(left: float, steps: int) -> None:
-    """Steps take 1, 3 and 2 s, plus one second at the end. 1,004 steps are 334 epochs, a step of 1 s and one of 3 s."""
-    found = step_budget(left, epochs(1, 3, 2), lambda _: 1.0, UNBOUNDED)
-    ends = np.cumsum([1, 3, 2] * 400)
-    assert found.steps == int(np.searchsorted(ends + 1, left, side="right"))
-    assert found.steps == steps
-    assert found.taken == ends[steps - 1]
-    assert not found.limited
-
-
-def test_long_budgets_are_extrapolated_from_some_epochs() -> None:
-    """The differences between some epochs are extrapolated. A run has fewer than 2^31 steps."""
-    looked: list[int] = []
-
-    def uneven() -> Iterator[NDArray[np.float64]]:
-        for number in count():
-            looked.append(number)
-            yield np.array([0.5, 0.5 + number % 2])
-
-    found = step_budget(6e6, uneven(), lambda _: 1.0, UNBOUNDED)
-    assert (found.steps, found.taken) == (7_999_999, 5_999_998.5)
-    assert len(looked) <= 1000
-    assert step_budget(6e6, epochs(1e-9), lambda _: 1.0, UNBOUNDED).steps == 2**31 - 1
-
-
-def test_evaluations_and_final_work_count_toward_the_budget() -> None:
-    """An evaluation of 3 s after every tenth step and after the last one, and 5 s at the end."""
-
-    def beside(steps: int) -> float:
-        return 5.0 + 3.0 * -(-steps // 10)
-
-    found = step_budget(100.0, epochs(1), beside, UNBOUNDED)
-    assert (found.steps, found.taken, found.others) == (71, 71.0, 29.0)
-    assert step_budget(101.0, epochs(1), beside, UNBOUNDED).steps == 72
-
-
-def test_epochs_limit_the_number_of_steps() -> None:
-    assert step_budget(100.0, epochs(1, 1), lambda _: 0.0, 30).steps == 30
-    assert step_budget(100.0, epochs(1, 1), lambda _: 0.0, 30).limited
-    assert step_budget(29.5, epochs(1, 1), lambda _: 0.0, 30).steps == 29
-    assert not step_budget(29.5, epochs(1, 1), lambda _: 0.0, 30).limited
-
-
-def test_budget_that_is_too_short_reports_the_minimum() -> None:
-    found = step_budget(5.0, epochs(4), lambda _: 2.0, UNBOUNDED)
-    assert (found.steps, found.others, found.fewest) == (0, 0.0, 4.0 * FEWEST + 2)
-    assert step_budget(-1.0, epochs(4), lambda _: 2.0, 1).fewest == 6.0
+def test_further_passes_take_as_long_as_the_first() -> None:
+    """Steps take 1, 3 and 2 s; an evaluation 3 s, a checkpoint half a second, the end five."""
+    seconds = Seconds(np.array([1.0, 3.0, 2.0]), evaluation=3.0, checkpoint=0.5, end=5.0)
+    ends = np.cumsum([1, 3, 2] * 4)
+    assert [seconds.of_steps(steps) for steps in range(13)] == [0, *ends]
+    assert seconds.besides(11, evaluations=2, save_steps=5) == 5 + 2 * 3 + 3 * 0.5
+    assert steps_within(100.0, seconds.of_steps, 10**6) == 47  # 47 steps take 94 s, and 48 take 96
+    assert steps_within(100.0, seconds.of_steps, 30) == 30 and steps_within(0.5, seconds.of_steps, 30) == 0
 
 
 # Runs
@@ -291,7 +206,7 @@ def test_budgeted_run_can_be_repeated_from_run_yaml(
     )
     steps = steps_of(tmp_path / "out")
     assert steps >= FEWEST
-    assert f"training.max_minutes: {steps:,} steps in {minutes:g} min: " in child.said()
+    assert f"training.max_steps is {steps} (as many as fit in {minutes:g} min: " in child.said()
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["evaluations"] > 1
     check_repeats(processes, tmp_path)
 
@@ -309,7 +224,7 @@ def test_budgeted_preference_run_can_be_repeated_from_run_yaml(
 
     child, minutes = with_room(start, tmp_path, run_config)
     steps = steps_of(tmp_path / "out")
-    assert steps >= FEWEST and f"training.max_minutes: {steps:,} steps in {minutes:g} min: " in child.said()
+    assert steps >= FEWEST and f"training.max_steps is {steps} (as many as fit in {minutes:g} min: " in child.said()
     check_repeats(processes, tmp_path)
 
 
@@ -386,7 +301,7 @@ def test_ctrl_c_while_timing_steps_leaves_no_files(
 def test_dry_run_estimates_the_number_of_steps(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
     ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5), "--dry-run")
     assert ran.code == 0, ran.err
-    assert "training.max_minutes: about " in ran.err
+    assert "(about as many as fit in 5 min: " in ran.err
     assert " passes over the rows" in ran.err
 
 
@@ -396,18 +311,19 @@ def test_dry_run_estimates_the_steps_of_preference_objectives(run_config: MakeCo
         training = {"max_minutes": 5, "max_steps": -1, "eval_steps": None}
         ran = cli("train", compared_config(run_config, tmp_path, objective, training=training), "--dry-run")
         assert ran.code == 0, ran.err
-        assert re.search(r"training.max_minutes: about \d+ steps? in 5 min: ", ran.err)
+        assert re.search(r"training.max_steps is \d+ \(about as many as fit in 5 min: ", ran.err)
 
 
 def test_automatic_learning_rate_is_lower_for_more_epochs(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
-    changes = {"max_minutes": 5, "learning_rate": "auto", "num_train_epochs": 6}
-    ran = cli("train", budgeted(tmp_path, run_config, **changes), "--dry-run")
-    assert ran.code == 0, ran.err
-    assert "has no effect, as there is time for the 6 epochs" in ran.err
-    said = [
-        line.split(" is ")[1] for line in ran.err.splitlines() if line.startswith("auto: training.learning_rate is ")
-    ]
-    once, lower = (float(line.split(" ")[0]) for line in said)
+    rates = []
+    for epochs in (1, 6):
+        changes = {"max_minutes": 5, "learning_rate": "auto", "num_train_epochs": epochs}
+        ran = cli("train", budgeted(tmp_path, run_config, **changes), "--dry-run")
+        assert ran.code == 0, ran.err
+        assert epochs == 1 or "has no effect, as there is time for the 6 epochs" in ran.err
+        (rate,) = re.findall(r"^auto: training.learning_rate is (\S+) ", ran.err, re.MULTILINE)
+        rates.append(float(rate))
+    once, lower = rates
     assert lower == pytest.approx(once / 3, rel=0.05)
 
 

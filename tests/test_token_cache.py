@@ -101,7 +101,7 @@ def test_only_old_entries_are_removed(cache: Path) -> None:
     (cache / key(21)).rename(cache / f"{key(21)}.partial")
     (cache / f"{key(23)}.removed").mkdir()
     age(cache / key(20), cache / f"{key(21)}.partial", cache / f"{key(23)}.removed")
-    token_cache.remove_old_entries()
+    token_cache.ROWS.remove_old()
     assert {path.name[:64] for path in cache.iterdir()} & {key(number) for number in range(20, 24)} == {key(22)}
     assert before.items() <= tree(cache).items() and (cache / key(8)).is_symlink()
 
@@ -110,12 +110,12 @@ def test_removal_does_not_disturb_readers(cache: Path) -> None:
     """Rows that are being read stay readable. An entry that has just been used is not removed."""
     rows = token_cache.load_or_write(key(1), fill)
     age(cache / key(1))
-    token_cache.remove_old_entries()
+    token_cache.ROWS.remove_old()
     assert not (cache / key(1)).exists() and whole(rows)
     token_cache.load_or_write(key(1), fill)
     age(cache / key(1))
     assert whole(token_cache.load_or_write(key(1), unexpected))
-    token_cache.remove_old_entries()
+    token_cache.ROWS.remove_old()
     assert (cache / key(1)).exists()
 
 
@@ -178,7 +178,9 @@ def test_cache_is_private_to_the_user(umask: int, cache: Path) -> None:
     assert read == [COUNT] and {stat.S_IMODE(path.stat().st_mode) for path in directories} == {0o700}
 
 
-@pytest.mark.parametrize("fault", ["another user", 0o720, 0o702, "a link", "another key", "its beginning, by others"])
+@pytest.mark.parametrize("fault", [
+    "another user", 0o720, 0o702, "a link", "another key", "its beginning, by others", "whole", "00000.arrow",
+])  # fmt: skip
 def test_untrusted_entries_are_not_used(fault: str | int, cache: Path, tmp_path: Path) -> None:
     entry = cache / key(1)
     token_cache.load_or_write(key(2 if fault == "another key" else 1), fill)
@@ -193,12 +195,15 @@ def test_untrusted_entries_are_not_used(fault: str | int, cache: Path, tmp_path:
         entry.symlink_to(tmp_path / "elsewhere")
     elif fault == "another key":
         (cache / key(2)).rename(entry)
+    elif fault in ("whole", "00000.arrow"):
+        (entry / fault).unlink()
+        os.mkfifo(entry / fault)  # to read it would wait for ever
     else:
         entry.rename(cache / f"{key(1)}.partial")
         (cache / f"{key(1)}.partial").chmod(0o777)
-    if fault != "another key":
+    if fault not in ("another key", "whole", "00000.arrow"):
         assert token_cache.open_trusted(entry) is None
-    check_written_anew(cache, "", in_cache=fault != "a link")
+    check_written_anew(cache, "", in_cache=fault not in ("a link", "whole", "00000.arrow"))
 
 
 @pytest.mark.parametrize("fault", ["another user", "writable", "a link", "a file"])
@@ -221,7 +226,7 @@ def test_cache_that_others_could_write_to_is_not_used(fault: str, cache: Path, t
         cache.rename(tmp_path / "elsewhere")
         cache.parent.rmdir()
         cache.parent.write_text("")
-    reason = f"{cache}: Not a directory" if fault == "a file" else f"{cache} {reason}"
+    reason = f"Not a directory: {cache}" if fault == "a file" else f"{cache} {reason}"
     fix = "set HF_DATASETS_CACHE or HF_HOME to a directory that only you can write to"
     check_written_anew(cache, f"the rows are tokenized for this run only: {reason}; {fix}", in_cache=False)
 

@@ -67,7 +67,7 @@ def test_final_summary_describes_the_result(evaluated: tuple[Path, Ran]) -> None
     folder, ran = evaluated
     assert ran.code == 0, ran.err
     size = (folder / "out" / WEIGHTS).stat().st_size
-    for part in (str(folder / "out"), f"{size:,} bytes", "held-out", "loratune generate --adapter"):
+    for part in (str(folder / "out"), f"{size / 1e3:.1f} kB", "held-out", "loratune generate --adapter"):
         assert part in ran.out
     trained = json.loads((folder / "out" / "loratune.json").read_text())["rows"]["tokens"]
     assert f"{trained:,} tokens in 4 steps" in ran.out
@@ -247,7 +247,7 @@ def test_base_with_nan_weights_is_refused(
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "sick")}))
     check_refused(ran, 3, (Code.MODEL_DAMAGED, str(tmp_path / "sick"), ""))
     assert ran.err.count("\n") == 1
-    assert "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight " in ran.err
+    assert "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight" in ran.err
 
 
 def test_run_that_changes_no_weights_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ATTENTION, Ran, decided_training, meanings, tiny_llama, tree
+from conftest import ATTENTION, Ran, decided_training, meanings, problem_text, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -37,6 +37,7 @@ from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.processes import SharedStop
 from loratune.training.results import TrainedAdapter
+from loratune.training.schedule import Schedule
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -100,7 +101,7 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
     )
     plan: Any = SimpleNamespace(
         training=settings, config=SimpleNamespace(lora=section, training=settings), model=model, resume_point=None,
-        best=None, retention=None,
+        best=None, retention=None, schedule=Schedule.of(settings, len(ROWS), size),
         run=SimpleNamespace(directory=SimpleNamespace(output=path)),
         batches=SimpleNamespace(train=batches, held_out=None, objective=SFT),
         base=SimpleNamespace(files=SimpleNamespace(check_unchanged_in_run=lambda: None)),
@@ -449,5 +450,5 @@ def test_non_portable_keys_are_reported_at_config_time(
     assert ran.code == 4
     note, failed = ran.err.splitlines()
     assert note.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")
-    assert failed.startswith(f"error: {tmp_path / 'gone.jsonl'}")
+    assert problem_text(failed).startswith(f"{tmp_path / 'gone.jsonl'}")
     assert "lora.use_dora: vLLM" in cli("params", run_config(lora={"use_dora": True})).err

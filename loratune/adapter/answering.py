@@ -75,17 +75,8 @@ def answers(
             message.
         LockedError: See `turns.turn`.
     """
-    answering = [loaded.by_name.get(name, loaded.default) for name in names]
-    questions = _questions(answering, rows, system)
-    requests = [
-        (adapter, adapter.renderer.prompt(question.prompt, row.where, question.tools, question.arguments))
-        for adapter, question, row in zip(answering, questions, rows, strict=True)
-    ]
-    _check_lengths(requests, rows, max_new_tokens)
-    unread = (one.renderer.unread(question.arguments) for one, question in zip(answering, questions, strict=True))
-    for line in filter(None, dict.fromkeys(unread)):
-        note(line)
-    streamer = TextPieces(answering[0].tokenizer, on_text) if on_text else None
+    questions, requests = render(loaded, names, rows, max_new_tokens, system)
+    streamer = TextPieces(requests[0][0].tokenizer, on_text) if on_text else None
 
     def answered() -> Iterator[Answer]:
         progress = counting("answering", len(requests)) if shows_progress else nullcontext(no_advance)
@@ -107,6 +98,23 @@ def answers(
     return answered()
 
 
+def render(
+    loaded: LoadedAdapters, names: Sequence[str], rows: Sequence[Row], max_new_tokens: int, system: str | None
+) -> tuple[list[Question], list[Request]]:
+    """The questions of rows, and the adapter and the ids that ask each. Args and errors as for `answers`."""
+    answering = [loaded.by_name.get(name, loaded.default) for name in names]
+    questions = _questions(answering, rows, system)
+    requests: list[Request] = [
+        (adapter, adapter.renderer.prompt(question.prompt, row.where, question.tools, question.arguments))
+        for adapter, question, row in zip(answering, questions, rows, strict=True)
+    ]
+    _check_lengths(requests, rows, max_new_tokens)
+    unread = (one.renderer.unread(question.arguments) for one, question in zip(answering, questions, strict=True))
+    for line in filter(None, dict.fromkeys(unread)):
+        note(line)
+    return questions, requests
+
+
 def names(selection: Selection, rows: Sequence[Row]) -> list[str]:
     """The name of the adapter for each row: its field `adapter`, or the default adapter.
 
@@ -122,7 +130,7 @@ def names(selection: Selection, rows: Sequence[Row]) -> list[str]:
     for row in rows:
         name = row.values.get("adapter")
         if name is not None and not (isinstance(name, str) and name in known):
-            what, fix = f"there is no adapter {name!r}", "with --mix, all rows are answered by the mixture"
+            what, fix = f"there is no adapter {name!r}", "with `mix=...`, all rows are answered by the mixture"
             fix = f"the adapters are {', '.join(known)}" if known else fix
             problems.append(Problem(Code.USAGE_BAD_VALUE, what, row.where, "adapter", fix))
         found.append(UNNAMED if selection.mix else name or selection.default)
@@ -141,7 +149,7 @@ def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row], system: 
         prompt = adapter.turns(question.prompt, adapter.system if system is None else system)
         if system and isinstance(prompt, str):
             what = f"{adapter.where} was trained on raw prompts, which have no system message"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, row.where, "--system", "leave it out"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, row.where, "system", "leave it out"))
         if system is None and len(prompt) > len(adapter.turns(question.prompt, "")):
             notes[adapter.system_note] = None
         found.append(replace(question, prompt=prompt))
@@ -157,7 +165,7 @@ def _check_lengths(requests: Sequence[Request], rows: Sequence[Row], max_new_tok
         limit = load.context_length(adapter.model.config)
         if limit is not None and len(ids) + max_new_tokens > limit:
             what = f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit}"
-            fix = f"set --max-new-tokens to {limit - len(ids)}" if len(ids) < limit else "shorten the prompt"
+            fix = f"set `max_new_tokens=...` to {limit - len(ids)}" if len(ids) < limit else "shorten the prompt"
             problems.append(Problem(Code.DATA_TOO_LONG, what, row.where, fix=fix))
     if problems:
         raise ConfigError(problems)

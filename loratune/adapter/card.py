@@ -76,9 +76,8 @@ class CardLines:
         use: The section on using the adapter, see `clients.sections`.
         verdict: The verdict on the adapter as a sentence.
         gain: A line comparing its loss with that of its base.
-        forgetting: A line on the rows of the previous run, if the adapter started from another adapter.
-        unrelated: A line on text unrelated to the training rows.
-        behavior: A line on the base's answers to everyday instructions.
+        side_effects: Lines on `unrelated text`, on the `base's answers` to everyday instructions and, if the adapter
+            started from another one, on `earlier rows`.
         held_out: Results on held-out rows, as labels and lines.
         formats: The formats of the rows.
         example: A prompt, see `example`.
@@ -91,9 +90,7 @@ class CardLines:
     use: str
     verdict: str
     gain: str
-    forgetting: str
-    unrelated: str
-    behavior: str
+    side_effects: Mapping[str, str]
     held_out: Sequence[tuple[str, str]]
     formats: Sequence[str]
     example: Mapping[str, Any]
@@ -122,7 +119,8 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
     held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in lines.held_out)
     process_note = f", on {lines.processes} processes" if lines.processes > 1 else ""
     objective_line = f"- **Objective:** {lines.objective}\n" if lines.objective else ""
-    history = _start_lines(settings, lines.forgetting) + _change_lines(lines.changes)
+    reasons = f"- **Reasons:** {found}\n" if (found := lines.side_effects.get("reasons")) else ""
+    history = _start_lines(settings, lines.side_effects) + _change_lines(lines.changes)
     # Not huggingface_hub's ModelCardData.to_yaml, which leaves directional marks and invisible characters unescaped.
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
@@ -136,9 +134,9 @@ A LoRA adapter for {base_name}, trained with loratune {__version__}.
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 {held_out_lines}- **Verdict:** {markdown(lines.verdict)}
 - **Gain:** {lines.gain}
-- **Unrelated text:** {lines.unrelated}
-- **Base's answers:** {lines.behavior}
-{history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
+- **Unrelated text:** {lines.side_effects["unrelated text"]}
+- **Base's answers:** {lines.side_effects["base's answers"]}
+{reasons}{history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use
 
@@ -208,7 +206,7 @@ def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2
     """A few prompts of the rows, on which exports of the adapter can later be compared with it.
 
     Args:
-        rows: The training rows, of which the first hundred are considered.
+        rows: The training rows; the first hundred are considered.
         most: The maximum number of prompts.
         max_length: The maximum length of a prompt, in characters of its JSON.
 
@@ -235,15 +233,15 @@ def _recorded_prompt(of: Example) -> dict[str, Any]:
     return {"input_ids": [*example.ids[: max(next(supervised, 8), 1)]]}
 
 
-def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
-    """The lines on the adapter that this one started from, and on forgetting of its rows."""
+def _start_lines(settings: Mapping[str, Any], side_effects: Mapping[str, str]) -> str:
+    """The lines on the adapter that this one started from, and on its rows."""
     start, replay = settings["lora"]["start_from"], settings["data"]["replay"]
     if start is None:
         return ""
     replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
-    return f"""- **InitialConfig from:** the adapter {code_span(start)}{replayed}.
+    return f"""- **Started from:** the adapter {code_span(start)}{replayed}.
   It is part of this one: use this one on the base without the other
-- **Earlier rows:** {forgetting}
+- **Earlier rows:** {side_effects.get("earlier rows", "")}
 """
 
 
@@ -303,12 +301,12 @@ def _results(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Ev
     """The losses on validation and test rows, and the reward accuracy. The hub has no field for an interval, which is
     therefore part of the name of a metric."""
     data, test, preferences = settings["data"], metrics.get("test"), metrics.get("preferences")
-    measure = "nats per token" if metrics["gain"]["unit"] == "token" else f"per {metrics['gain']['unit']}"
-    found = [("validation", "loss", measure, metrics["held_out_loss"], metrics["held_out_interval"])]
+    unit = "nats per token" if metrics["gain"]["unit"] == "token" else f"per {metrics['gain']['unit']}"
+    found = [("validation", "loss", unit, metrics["held_out_loss"], metrics["held_out_interval"])]
     if preferences and preferences["split"] == "validation":
         accuracy = preferences["reward_accuracy"]
         found.append(("validation", "accuracy", "reward accuracy", accuracy["value"], accuracy["interval"]))
-    found += [("test", "loss", measure, test["loss"], test["interval"])] if test else []
+    found += [("test", "loss", unit, test["loss"], test["interval"])] if test else []
     results = []
     for split, kind, label, value, ends in found:
         if value is not None:

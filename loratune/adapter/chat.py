@@ -104,7 +104,7 @@ class Chat:
     def use(self, name: str) -> None:
         """Use another adapter from now on. Raises ConfigError: there is no adapter with this name."""
         if name not in self._loaded.by_name:
-            fix = f"the adapters are {', '.join(self.names)}" if self.names else "start with --adapter NAME=DIR"
+            fix = f"the adapters are {', '.join(self.names)}" if self.names else "start with `adapters=['NAME=DIR']`"
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key="/adapter", fix=fix))
         self.name = name
 
@@ -196,7 +196,7 @@ class Chat:
         cut = ""
         if new[-1] not in adapter.renderer.end_ids:
             full = f"the model's context of {limit} tokens is full; /reset begins anew"
-            cut = full if room < self._new_tokens else f"--max-new-tokens is {self._new_tokens}"
+            cut = full if room < self._new_tokens else f"`max_new_tokens=...` is {self._new_tokens}"
             cut = "stopped" if len(new) < room or stopped() else cut
         return Reply(adapter.text(new), cut, *adapter.split_reasoning(new))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune import config
 from loratune.codes import Code
-from loratune.config import RunConfig
+from loratune.config import DataSection, RunConfig
 from loratune.errors import ConfigError, Problem, install, missing_package
 from loratune.text import code_block, code_span, is_printable_line, one_line, shell_word
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Arguments = Mapping[str, Any]
 _NONE: Arguments = MappingProxyType({})
 CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp", "ollama": "Ollama"}
-"""Value of `--to` → name of the program."""
+"""Value of `to` → name of the program."""
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Weight types of a GGUF file of base and adapter."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -70,32 +70,32 @@ class ExportOptions:
     vllm_python: Path | None = None
 
     def __post_init__(self) -> None:
-        given = {"--merged": self.merged, "--llama-cpp": self.llama_cpp, "--base-gguf": self.base_gguf}
-        what = "only works with --to gguf and --to ollama"
-        if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):
-            raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=option) for option in wrong])
+        given = {"merged": self.merged, "llama_cpp": self.llama_cpp, "base_gguf": self.base_gguf}
+        what = "only works with `to='gguf'` and `to='ollama'`"
+        if not self.uses_llama_cpp and (wrong := [name for name, value in given.items() if value is not None]):
+            raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=name) for name in wrong])
         self._check_vllm()
         if self.base_gguf and not self.base_gguf.is_file():
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, "no such file", str(self.base_gguf), "--base-gguf"))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, "no such file", str(self.base_gguf), "base_gguf"))
         if self.uses_llama_cpp and self.verify and not is_installed():
             code, purpose = Code.SYSTEM_MISSING_PACKAGE, "runs llama.cpp"
-            raise ConfigError(missing_package(code, LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
+            raise ConfigError(missing_package(code, LLAMA_CPP, purpose, "llama-cpp", key="verify"))
 
     def _check_vllm(self) -> None:
         """Raises ConfigError: vLLM is named for another program, or is not found; SGLang is to be run."""
-        python, key = self.vllm_python, "--vllm-python"
+        python, key = self.vllm_python, "vllm_python"
         if python and self.to != "vllm":
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --to vllm", key=key))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with `to='vllm'`", key=key))
         if python and not python.is_file():
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, "no such file", str(python), key))
         if self.to == "sglang" and self.verify:
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, "SGLang is not run; leave it out", key="--verify"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "SGLang is not run; leave it out", key="verify"))
         if self.to == "vllm" and self.verify and not self.runs_vllm:
             what, fix = (
                 "needs vLLM, which is not installed here",
-                "name the Python of an environment that has it: " + key,
+                "name the Python of an environment that has it: `vllm_python=...`",
             )
-            raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="--verify", fix=fix))
+            raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="verify", fix=fix))
 
     @property
     def runs_vllm(self) -> str:
@@ -118,7 +118,7 @@ class ExportOptions:
     def why_not_verified(self) -> str:
         """Why the export is not run in its program; empty if it is."""
         if self.verify is False:
-            return "--no-verify"
+            return "`verify=False`"
         return install("llama-cpp") if self.uses_llama_cpp and not is_installed() else ""
 
 
@@ -156,6 +156,13 @@ def sglang(base: str, name: str, directory: str, template: str | None = None) ->
     rendering = f" --chat-template {shell_word(template)}" if template else ""
     paths = f"--lora-paths {shell_word(f'{name}={directory}')}"
     return f"python -m sglang.launch_server --model-path {shell_word(base)} --enable-lora{rendering} {paths}"
+
+
+def llama_cpp_arguments(data: DataSection) -> dict[str, Any]:
+    """The arguments of the chat template for llama.cpp, which gives `enable_thinking: true` unless told otherwise, so
+    that no default of a template holds."""
+    closed = {"enable_thinking": False} if data.empty_reasoning == "context" else {}
+    return closed | data.chat_template_kwargs
 
 
 def llama_server(file: Path, base: str | None, *, chat: bool | None = None, arguments: Arguments = _NONE) -> str:
@@ -220,25 +227,30 @@ def _vllm(run: RunConfig, name: str, *, exported: bool) -> Iterator[str]:
     if exported:
         directory = f"{name}-vllm"
         yield f"loratune export --adapter {shell_word(name)} --to vllm --output {shell_word(directory)}"
-    template = f"{directory}/chat_template.jinja" if run.data.chat_template else None
+    template = f"{directory}/chat_template.jinja" if _has_own_template(run) else None
     base, rank, arguments = run.model.name_or_path, config.highest_rank(run.lora), run.data.chat_template_kwargs
     yield vllm(base, name_of(name), directory, rank, template, arguments)
 
 
-def _llama_cpp(run: RunConfig, name: str) -> Iterator[str]:
+def _llama_cpp(config: RunConfig, name: str) -> Iterator[str]:
     directory = f"{name}-gguf"
     yield f"loratune export --adapter {shell_word(name)} --to gguf --output {shell_word(directory)}"
-    base = f"{run.model.name_or_path}/{run.model.gguf_file}" if run.model.gguf_file else "BASE.gguf"
-    file, arguments = Path(directory) / f"{name_of(directory)}.gguf", run.data.chat_template_kwargs
-    yield llama_server(file, base, chat=run.data.chat_template is not None, arguments=arguments)
+    base = f"{config.model.name_or_path}/{config.model.gguf_file}" if config.model.gguf_file else "BASE.gguf"
+    file, arguments = Path(directory) / f"{name_of(directory)}.gguf", llama_cpp_arguments(config.data)
+    yield llama_server(file, base, chat=_has_own_template(config), arguments=arguments)
 
 
-def _peft(run: RunConfig, name: str, loader: str) -> str:
+def _has_own_template(run: RunConfig) -> bool:
+    """Whether the adapter was trained with another chat template than its base has."""
+    return run.data.chat_template is not None or run.data.empty_reasoning == "context"
+
+
+def _peft(config: RunConfig, name: str, loader: str) -> str:
     """Python code that loads base, adapter and tokenizer. PEFT loads a base by itself if it is a language model.
 
     loader: The class of transformers that loads the base.
     """
-    base, name, classes, lines, options = run.model, _quoted(name), ["AutoTokenizer"], [""], list[str]()
+    base, name, classes, lines, options = config.model, _quoted(name), ["AutoTokenizer"], [""], list[str]()
     if base.gguf_file is not None:
         classes.append("GgufConfig")
         options = [f"gguf_file={_quoted(base.gguf_file)}", "quantization_config=GgufConfig(dequantize=True)"]
@@ -255,8 +267,8 @@ def _peft(run: RunConfig, name: str, loader: str) -> str:
         classes.append(loader)
     imports = [f"from peft import {peft}", f"from transformers import {', '.join(sorted(classes))}"]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
-    if run.data.chat_template_kwargs:
-        values = ", ".join(f"{key}={value!r}" for key, value in run.data.chat_template_kwargs.items())
+    if config.data.chat_template_kwargs:
+        values = ", ".join(f"{key}={value!r}" for key, value in config.data.chat_template_kwargs.items())
         prompt = f"tokenizer.apply_chat_template(messages, add_generation_prompt=True, {values})"
         lines.append(one_line(f"prompt = {prompt}  # of `messages`"))
     return "\n".join([*imports, *lines])

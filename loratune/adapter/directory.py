@@ -48,7 +48,7 @@ class AdapterDirectory:
         data: The data settings of training.
         chat: Whether the training rows were rendered with the chat template.
         run: The recorded config; None if loratune did not write the adapter.
-        forced: Whether edited files and another base are accepted (`--force`).
+        forced: Whether edited files and another base are accepted.
         system: The system message that all training rows had; empty if there was none.
     """
 
@@ -67,7 +67,7 @@ class AdapterDirectory:
         *,
         forced: bool = False,
         assignments: Sequence[str] = (),
-        fix: str = "use it all the same with --force",
+        fix: str = "use it all the same with `force=True`",
     ) -> "AdapterDirectory":
         """Open and verify an adapter directory. The trust_remote_code setting of its run.yaml is ignored.
 
@@ -93,8 +93,8 @@ class AdapterDirectory:
         base = _base(files)
         if RUN_FILE not in files.states:
             if assignments:
-                what, fix = "the adapter has no run.yaml whose keys could be set", "leave out --set"
-                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, str(path), "--set", fix))
+                what, fix = "the adapter has no run.yaml whose keys could be set", "leave out `overrides=...`"
+                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, str(path), "overrides", fix))
             base = base.model_copy(update={"gguf_file": _recorded_gguf(files)})
             return cls(files, base, DataSection(train=Source(path="unknown")), False, None, forced)
         with files.reading():
@@ -115,7 +115,7 @@ class AdapterDirectory:
         return TOKENIZER_FILE in self.files.states
 
     def note_system(self) -> None:
-        """Emit a line on the system message, for an output of which programs do not know it."""
+        """Emit a line on the system message, for an output whose programs do not know it."""
         if self.system:
             what = f"all training rows had the system message {beginning(self.system)}"
             note(f"{what}; requests to the result need it too")
@@ -171,7 +171,7 @@ def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
         raise AdapterError(error.problems) from None
     if other := [assignment for assignment in assignments if not assignment.startswith("data.")]:
         what, fix = f"`{other[0]}` was decided by training", "set keys of data.* only"
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix=fix))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="overrides", fix=fix))
     return config.load(path, assignments, finished=True) if assignments else run
 
 

@@ -7,7 +7,7 @@ rest, which requires correct masks and positions; before the first batch, a test
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,12 +21,10 @@ from loratune.adapter.options import GREEDY, Sampling
 from loratune.adapter.padding import pad_left, same_logits, write, writes_padded
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.batches import padding_refusal
+from loratune.data.batch_check import padding_refusal
 from loratune.data.formats import Message
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
-from loratune.events import note
-from loratune.kernels.compiled import self_test
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import BaseSnapshot
@@ -54,18 +52,10 @@ class SharedPrompts:
         self._tried: bool | None = None
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether the self-test of generation failed on this machine; reported once. Then prompts are completed one by
-        one, without a cache and by PEFT's own layers."""
-        if failed := self_test.refusal(self_test.GENERATE):
-            note(f"prompts are completed one by one, without a cache: generating {failed}")
-        return bool(failed)
-
-    @cached_property
     def mixes_padding(self) -> bool:
         """Whether padding changes what the model computes or writes for a row; tested once."""
         given = self._model, self.padding, kernels.sample_layers(self._model)
-        return self.is_plain or padding_refusal(*given) is not None or not writes_padded(*given)
+        return padding_refusal(*given) is not None or not writes_padded(*given)
 
     def batch(self, rows: Sequence[Ids], more: int) -> dict[str, Any]:
         """The keyword arguments of `generate` for a batch. The adapter must be active.
@@ -213,7 +203,7 @@ class LoadedAdapter:
     @property
     def system_note(self) -> str:
         """A line that says that the system message of the training rows is used."""
-        return f"system message of the training rows: {beginning(self.system)}; --no-system leaves it out"
+        return f"system message of the training rows: {beginning(self.system)}; `system=''` leaves it out"
 
     def text(self, ids: Sequence[int]) -> str:
         """A completion as text, without the end token."""
@@ -331,7 +321,7 @@ def _complete(
         top_k=sampling.top_k,
         eos_token_id=list(first.renderer.end_ids),
         pad_token_id=first.prompts.padding,
-        use_cache=not first.prompts.is_plain,
+        use_cache=True,
     )
     shares = all(adapter is first for adapter, _ in requests)
     with adapters_of_rows([adapter for adapter, _ in requests]):
@@ -348,13 +338,13 @@ def _complete(
 def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
     """Compute each row of a batch inside with its adapter; several adapters must all have `mixes`."""
     first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
-    if first.prompts.is_plain or not first.is_enough:
+    if not first.is_enough:
         first.activate()
     layers = first.layers
     if len(keys) > 1:
         rows = [keys.index(adapter.key) for adapter in adapters]
         layers = kernels.InferenceLayers(first.model, *map(reader, keys), rows=rows)
-    with nullcontext() if first.prompts.is_plain else layers.applied(), kernels.dense_states(first.model):
+    with layers.applied(), kernels.dense_states(first.model):
         yield
 
 

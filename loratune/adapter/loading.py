@@ -250,7 +250,8 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
         what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
     elif reason := fingerprints.incomparable(recorded, fingerprint):
         what, fix = reason
-    problem = Problem(Code.ADAPTER_MISMATCH, what, where, fix=f"{fix}, or use the adapter all the same with --force")
+    fix += ", or use the adapter all the same with `force=True`"
+    problem = Problem(Code.ADAPTER_MISMATCH, what, where, fix=fix)
     if not adapter.forced:
         raise AdapterError(problem)
     note(str(replace(problem, fix="")))

@@ -1,4 +1,4 @@
-"""User options: the adapters (`--adapter [NAME=]DIR`, `--use`, `--mix`), and the sampling settings."""
+"""User options: the adapters (`adapters`, `use`, `mix`), and the sampling settings."""
 
 import math
 import os
@@ -30,7 +30,7 @@ class Selection:
     Attributes:
         directories: Name → directory, at least one.
         default: The name of the adapter for prompts that name none.
-        mix: Name → weight in the weighted sum that is used instead of single adapters; empty without --mix.
+        mix: Name → weight in the weighted sum that is used instead of single adapters; empty without one.
     """
 
     directories: Mapping[str, Path]
@@ -38,28 +38,28 @@ class Selection:
     mix: Mapping[str, float]
 
 
-def _refused(what: str, option: str, fix: str = "", where: str = "") -> ConfigError:
-    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, where, option, fix))
+def _refused(what: str, key: str, fix: str = "", where: str = "") -> ConfigError:
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, where, key, fix))
 
 
 def parse_selection(values: Sequence[str], use: str | None = None, mix: str | None = None) -> Selection:
     """Parse the options.
 
     Args:
-        values: The values of --adapter: NAME=DIR, or a single DIR. An existing directory is a DIR, even with a `=`.
+        values: The adapters: NAME=DIR, or a single DIR. An existing directory is a DIR, even with a `=`.
         use: The name of the adapter for prompts that name none; by default the first.
         mix: NAME:WEIGHT, separated by commas.
 
     Raises:
         ConfigError: No adapter is given; a name is invalid, reserved or unknown; a name or directory is repeated; one
-            of several adapters has no name; a weight is not a finite number; --use and --mix are both given.
+            of several adapters has no name; a weight is not a finite number; `use` and `mix` are both given.
     """
     if not values:
-        raise _refused("no adapter is given", "--adapter", "name one or more")
+        raise _refused("no adapter is given", "adapters", "name one or more")
     named = [_split(value) for value in values]
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):
         bare = next(str(path) for name, path in named if name == UNNAMED)
-        raise _refused("several adapters need names", "--adapter", "give each as --adapter NAME=DIR", bare)
+        raise _refused("several adapters need names", "adapters", "give each as `adapters=['NAME=DIR']`", bare)
     directories: dict[str, Path] = {}
     places: dict[Path, str] = {}
     for name, path in named:
@@ -67,46 +67,46 @@ def parse_selection(values: Sequence[str], use: str | None = None, mix: str | No
         if name in directories or place in places:
             clash = f"the name {name}" if name in directories else f"the directory of {places[place]}"
             fix = "give each adapter once, with a name of its own"
-            raise _refused(f"{clash} is given twice", "--adapter", fix, str(path))
+            raise _refused(f"{clash} is given twice", "adapters", fix, str(path))
         directories[name], places[place] = path, name
     if use is not None and mix is not None:
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --use or --mix, not both"))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give `use=...` or `mix=...`, not both"))
     if use is not None:
-        _check_known(use, directories, "--use")
+        _check_known(use, directories, "use")
     return Selection(directories, next(iter(directories)) if use is None else use, _weights(mix, directories))
 
 
 def _split(value: str) -> tuple[str, Path]:
-    """The name and the directory of a value of --adapter."""
+    """The name and the directory of one of the adapters."""
     name, separator, directory = value.partition("=")
     if not separator or Path(value).is_dir():
         name, directory = UNNAMED, value
     elif not _NAME.fullmatch(name) or name in _RESERVED:
         what = f"{name!r} cannot be the name of an adapter" if name else "the name before = is empty"
-        raise _refused(what, "--adapter", _NAME_RULE)
+        raise _refused(what, "adapters", _NAME_RULE)
     if reason := path_problem(directory) or ("" if directory else "is empty"):
-        raise _refused(f"the path {reason}", "--adapter", "check the path")
+        raise _refused(f"the path {reason}", "adapters", "check the path")
     return name, Path(directory)
 
 
 def _check_known(name: str, directories: Mapping[str, Path], key: str) -> None:
     if name not in directories or name == UNNAMED:
         names = ", ".join(filter(None, directories))
-        fix = f"the adapters are {names}" if names else "give it as --adapter NAME=DIR"
+        fix = f"the adapters are {names}" if names else "give it as `adapters=['NAME=DIR']`"
         raise _refused(f"there is no adapter {name!r}", key, fix)
 
 
 def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, float]:
-    """Name → weight in a value of --mix."""
+    """Name → weight in the text of a mixture."""
     weights: dict[str, float] = {}
     for entry in [] if mix is None else mix.split(","):
         name, _, text = entry.strip().rpartition(":")
         weight = number(text)
         if not name or weight is None or not math.isfinite(weight):
-            raise _refused(f"{entry!r} is not NAME:WEIGHT", "--mix", "write it like sql:0.7,tone:0.3")
-        _check_known(name, directories, "--mix")
+            raise _refused(f"{entry!r} is not NAME:WEIGHT", "mix", "write it like sql:0.7,tone:0.3")
+        _check_known(name, directories, "mix")
         if name in weights:
-            raise _refused(f"{name} has two weights", "--mix", "give it one")
+            raise _refused(f"{name} has two weights", "mix", "give it one")
         weights[name] = weight
     return weights
 
@@ -153,12 +153,12 @@ class Sampling:
             if value is not None and not least <= value <= most and not (name == "temperature" and value == 0):
                 fix = "0 takes the likeliest token" if name == "temperature" else ""
                 shown = f"{value:g}" if isinstance(value, float) else f"{value:,}"[:30]
-                raise _refused(f"{shown} is not between {least:g} and {most:,}", f"--{name.replace('_', '-')}", fix)
+                raise _refused(f"{shown} is not between {least:g} and {most:,}", name, fix)
         for name in ("top_p", "top_k"):
             if not self.temperature and getattr(self, name) is not None:
-                raise _refused("only works with a temperature above 0", f"--{name.replace('_', '-')}")
+                raise _refused("only works with a temperature above 0", name)
         if "" in self.stop:
-            raise _refused("is empty", "--stop")
+            raise _refused("is empty", "stop")
 
     def cut(self, text: str) -> str:
         """The completion up to the first stop text."""

@@ -16,9 +16,12 @@ from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from loratune import kernels
-from loratune.data.batches import DRAWS, evaluating, pad, random_rows
+from loratune.data.batch_check import DRAWS, random_rows
+from loratune.data.batches import pad
 from loratune.errors import is_out_of_memory
 from loratune.kernels import WHOLE_MODEL, LayerSample
+from loratune.kernels.parity_check import evaluating
+from loratune.system.accelerator import same_random_numbers
 
 NO_STOP = 2**31 - 1
 """An end token that no vocabulary has."""
@@ -118,7 +121,7 @@ def writes_padded(model: Any, padding: int, sample: LayerSample = WHOLE_MODEL) -
         Exception: There is not enough memory, see `errors.is_out_of_memory`.
     """
     try:
-        with sample.alone(), evaluating(model):
+        with sample.alone(), same_random_numbers(model.device), torch.inference_mode(False), evaluating(model):
             found = any(_writes_padded(model, padding, seed) for seed in range(DRAWS))
     except Exception as error:  # Families raise all kinds of errors where their cache does not fit padded prompts.
         if is_out_of_memory(error):

@@ -2,7 +2,7 @@
 
 Long-running functions take `on_event`, a function that is called with events, see `loratune.events`. Nothing is
 printed; signal handlers, warnings and environment variables are unchanged or restored. Errors are those of
-`loratune.errors`; their `.problems` name parameters as on the command line, such as `--output`.
+`loratune.errors`; their `.problems` name parameters, which the command line translates into its options.
 
 One thread of a process computes at a time, as random states belong to the process: other threads wait for their turn,
 `train` and `sweep` let them compute between two steps, and a second `train` or `sweep` raises LockedError at once. What
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem
 from loratune.events import LIBRARIES, EvaluationEvent, Event, StepEvent, listener, listening, progress
-from loratune.system import turns
+from loratune.system import hub_kernels, turns
 
 StrPath: TypeAlias = str | PathLike[str]
 Messages: TypeAlias = list[dict[str, Any]]
@@ -49,7 +49,7 @@ MergedDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 def assignments(overrides: Overrides) -> list[str]:
-    """Overrides in the form of `--set`: `KEY=VALUE`. Raises ConfigError: see `arguments.plain`; a value is no value of
+    """Overrides in the form `KEY=VALUE`. Raises ConfigError: see `arguments.plain`; a value is no value of
     a config."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
@@ -85,9 +85,10 @@ def _silenced(library: str) -> Iterator[None]:
 def libraries() -> Iterator[None]:
     """A context for importing libraries. Their stdout goes to stderr; transformers prints if WANDB_MODE is offline.
 
-    The garbage collector is disabled inside, and afterwards ignores the million permanent objects that imports create.
+    bitsandbytes loads no compiled code from the hub. The garbage collector is disabled inside, and afterwards ignores
+    the million permanent objects that imports create.
     """
-    with turns.stdout_to(sys.stderr), _silenced("bitsandbytes"):
+    with turns.stdout_to(sys.stderr), _silenced("bitsandbytes"), hub_kernels.hidden_from_bitsandbytes():
         if "transformers" in sys.modules:  # little is left to import
             yield
             return

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from os import fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Selection
-from loratune.api import Overrides, StrPath
+from loratune.api import Overrides, StrPath, computing
+from loratune.api import classify as classifying
 from loratune.api import evaluate as measuring
 from loratune.api import export as exporting
 from loratune.api import generate as writing
@@ -17,6 +18,10 @@ from loratune.api import report as reporting
 from loratune.api.opened import OpenedAdapters
 from loratune.config import RunConfig
 from loratune.config.arguments import checked
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 class Adapter:
@@ -68,8 +73,10 @@ class Adapter:
         """
         return cls(path, scale=scale, force=force, overrides=overrides)
 
+    classify = classifying.classify
     generate = writing.generate
     answers = writing.answers
+    stream = writing.stream
     chat = writing.chat
     evaluate = measuring.evaluate
     evaluate_scales = measuring.evaluate_scales
@@ -115,6 +122,19 @@ class Adapter:
         """The metrics that training recorded: losses in nats per supervised token, intervals, gain over the base."""
         found: Mapping[str, Any] = self.record.get("metrics", {})
         return found
+
+    @property
+    def model(self) -> "PeftModel":
+        """The base with this adapter, loaded: PEFT's model. What is changed in it, the verbs see too."""
+        with computing():
+            return self.opened.loaded.default.model
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, with the chat template of training. It is loaded with the base."""
+        with computing():
+            found: PreTrainedTokenizerBase = self.opened.loaded.default.tokenizer
+            return found
 
     def __repr__(self) -> str:
         return f"Adapter({fspath(self.path)!r})"

@@ -35,7 +35,7 @@ class Adapters:
         """Name the adapters.
 
         Args:
-            adapters: Name → directory; or values of --adapter: `NAME=DIR`, or a single `DIR`.
+            adapters: Name → directory; or texts: `NAME=DIR`, or a single `DIR`.
             use: The name of the adapter for prompts that name none; by default the first.
             mix: Name → weight; the weighted sum of these adapters is used instead of single ones. As a string:
                 `sql:0.7,tone:0.3`.

@@ -41,6 +41,9 @@ def evaluate(
     allow_overlap: bool = False,
     whole_answers: bool = False,
     keep_fields: bool = False,
+    few_shot: int | None = None,
+    base_prompt: str | None = None,
+    abstain_for: float | None = None,
     on_event: Listener | None = None,
 ) -> "Comparison":
     """Compare the adapter with its base, or with another adapter, on held-out rows.
@@ -48,13 +51,18 @@ def evaluate(
     Args:
         rows: The rows, in a format supported for training.
         against: Another adapter of the same base, to compare with instead of the base.
-        metrics: Metrics of greedy answers: exact_match, label, contains, rouge_l, json, regex:PATTERN.
+        metrics: Metrics of greedy answers: exact_match, label, contains, rouge_l, json, tool_call, regex:PATTERN.
         forgetting: Unrelated text (`builtin` for loratune's) to measure forgetting on, as on everyday instructions.
         tasks: Tasks of the lm-evaluation-harness to run as well, or task files, whose code is executed.
         limit: The maximum number of rows of each task.
         require: Requirements such as `exact_match>=0.9`, see `Comparison.require`; they are parsed first.
         allow_overlap: With `require`, accept rows that the adapter was trained on.
         whole_answers: Allow answers longer than the expected ones, for reading them in `Comparison.rows`.
+        few_shot: Also ask the base with this many training rows as examples before each question; 0 for none.
+        base_prompt: Also ask the base with this prompt, which has `{prompt}` in the place of the question. Where
+            answers are labels, the better of eight examples and a prompt that names the labels is the default.
+        abstain_for: For labels: find the probability from which on at least this share of the answers is right, with
+            95 % confidence; see `Comparison.abstention`. The rows may be neither training nor validation rows.
         keep_fields: Keep the fields of the rows for `Comparison.every_row`.
         on_event: Receives events; the last one has the comparison, even if a requirement is not met.
 
@@ -70,14 +78,20 @@ def evaluate(
         with libraries():
             from loratune.compare import metrics as known_metrics
             from loratune.compare import requirements
+            from loratune.compare.prompted import BasePrompts
             from loratune.data import splits
 
         metrics, tasks, require = (_listed(names) for names in (metrics, tasks, require))
-        unused = {"--limit": "--tasks"} if limit is not None and not tasks else {}
-        check_used(unused | ({"--allow-overlap": "--require"} if allow_overlap and not require else {}))
-        parsed = known_metrics.parse(metrics)
+        unused = {"limit": "tasks"} if limit is not None and not tasks else {}
+        check_used(unused | ({"allow_overlap": "require"} if allow_overlap and not require else {}))
+        if abstain_for is not None and not 0 < abstain_for < 1:
+            what, fix = f"must be above 0 and below 1, got {abstain_for:g}", "write 0.95 for 95 of 100 answers"
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="abstain_for", fix=fix))
+        base_prompts = BasePrompts(few_shot, base_prompt)
+        base_prompts.check()
+        parsed = known_metrics.parse_metrics(metrics)
         known = {"against": against is not None, "forgetting": forgetting is not None, "tasks": bool(tasks)}
-        required = requirements.parse(require, [metric.name for metric in parsed], rows=True, **known)
+        required = requirements.parse_requirements(require, [metric.name for metric in parsed], rows=True, **known)
         other = against if against is None or isinstance(against, loratune.Adapter) else loratune.Adapter(against)
         opened = _open_tasks(tasks, limit, required) if tasks else None
         split = read_held_out(rows, adapter.directory.data)
@@ -87,6 +101,9 @@ def evaluate(
             requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
             if overlap.unknown:
                 note(overlap.unknown)
+        if abstain_for is not None:
+            with adapter.directory.files.reading() as path:
+                splits.check_unseen(split, path)
         _check_metrics(parsed, split)
         unrelated = _unrelated(adapter, forgetting) if forgetting is not None else None
         with computing():
@@ -96,9 +113,11 @@ def evaluate(
 
             found = evaluation.evaluate(
                 adapter.directory, split, against=other.directory if other is not None else None,
-                judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
+                judging=Judging(parsed, whole_answers, base_prompts), forgetting=unrelated, tasks=opened,
                 subject=evaluation.EvaluatedAdapter(adapter.opened.loaded.default) if other is None else None,
             ).judged(required)  # fmt: skip
+        if abstain_for is not None:
+            found = found.with_abstention(abstain_for)
         if keep_fields:
             found = found.with_fields(split.own_fields())
         return _finish(found)
@@ -122,7 +141,7 @@ def evaluate_scales(
             from loratune.compare.answers import Judging
 
         scales = checked_scales(scales)
-        parsed, split = known_metrics.parse(_listed(metrics)), read_held_out(rows, adapter.directory.data)
+        parsed, split = known_metrics.parse_metrics(_listed(metrics)), read_held_out(rows, adapter.directory.data)
         _check_metrics(parsed, split)
         unrelated = _unrelated(adapter, forgetting) if forgetting is not None else None
         options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
@@ -149,13 +168,13 @@ def run_tasks(
     with listening(on_event):
         from loratune.compare import requirements
 
-        required = requirements.parse(_listed(require), [], rows=False, tasks=True)
+        required = requirements.parse_requirements(_listed(require), [], rows=False, tasks=True)
         opened = _open_tasks(_listed(tasks), limit, required)
         with computing():
             with libraries():
-                from loratune.compare import evaluation
+                from loratune.adapter import loading
 
-            found = evaluation.evaluate_tasks(adapter.directory, opened, required)
+            found = opened(loading.load(adapter.directory)).judged(required)
         return _finish(found)
 
 
@@ -186,9 +205,9 @@ def _finish(found: Found) -> Found:
 
 
 def check_used(unused: Mapping[str, str]) -> None:
-    """Raises ConfigError: there are options without effect. unused: option → the one that it only works with."""
+    """Raises ConfigError: there are parameters without effect. unused: parameter → the one that it only works with."""
     if unused:
-        what = "only works with {}"
+        what = "only works with `{}=...`"
         raise ConfigError([Problem(Code.USAGE_CONFLICT, what.format(one), key=key) for key, one in unused.items()])
 
 
@@ -200,8 +219,8 @@ def _listed(names: str | Sequence[str]) -> Sequence[str]:
 def _check_metrics(metrics: "Sequence[Metric]", split: "DatasetSplit") -> None:
     """Raises ConfigError: the metrics are of written answers, and the rows are preferences."""
     if metrics and split.kind is not None:
-        what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, "--metric", fix))
+        what, fix = f"the rows are {split.kind}, for which no model writes answers", "leave it out"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, "metrics", fix))
 
 
 def _open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requirement]") -> "Tasks":
@@ -209,9 +228,9 @@ def _open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Req
     from loratune.compare import tasks as known_tasks
     from loratune.system.environment import kept_environment
 
-    names = known_tasks.parse(",".join(tasks))
+    names = known_tasks.parse_tasks(",".join(tasks))
     if limit is not None and limit < 1:
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{limit} is less than 1", key="--limit"))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{limit} is less than 1", key="limit"))
     with computing(), libraries(), kept_environment():
         from loratune.compare import harness
 

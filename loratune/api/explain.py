@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import loratune
 from loratune import outputs
 from loratune.api import Overrides, StrPath, assignments, computing
 from loratune.codes import Code
-from loratune.config import RunConfig, load_with_lines
+from loratune.config import AUTO, RunConfig, load_with_lines
 from loratune.config.arguments import checked
 from loratune.config.keys import Key, KeyGroup, KeyPath, dotted, find, groups, suggestion, yaml_flow
 from loratune.config.schema import DEFAULT_BETA, PREFERENCE_KEYS
@@ -30,7 +31,7 @@ class Setting:
     Attributes:
         key: The dotted key, with indices for list entries.
         value: The value as written, or the default.
-        source: `file:line`, `--set`, or `the default`.
+        source: `file:line`, `the default`, or the name of the overrides, `--set` on the command line.
         decided_by_run: Whether the run chooses the value, as for `auto`.
         used: Whether the value has an effect.
         remark: The value that the run uses instead, or why the key has no effect; empty if it is used unchanged.
@@ -57,6 +58,8 @@ class Explanation:
         config: The validated config and the content of its file, if any.
         template: Name → default of each argument that the chat template of the config reads; None if it is not known.
         servers: Server → what it does with the adapter of the config; None if the keys do not decide that.
+        code: The code of an error, which may also be the name of a key; None if only keys are explained.
+        choices: Key → value and reason of what a run of the config would decide; None if keys are explained.
     """
 
     found: Sequence[KeyGroup | Key]
@@ -64,6 +67,8 @@ class Explanation:
     config: tuple[RunConfig, Document] | None
     template: Mapping[str, str] | None = None
     servers: Mapping[str, str] | None = None
+    code: Code | None = None
+    choices: Mapping[str, tuple[Any, str]] | None = None
 
     @property
     def decides_servers(self) -> bool:
@@ -98,6 +103,10 @@ class Explanation:
 
     def blocks(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """A block for each key, and for each section with a line per key: its title, and names and texts."""
+        if self.code is not None:
+            yield f"error[{self.code}]", [("reported when", self.code.meaning)]
+        for name, (value, why) in (self.choices or {}).items():
+            yield name, [("value", yaml_flow(value)), ("reason", why)]
         for item in self.found:
             if isinstance(item, Key):
                 yield ", ".join(item.places), [*self._lines_of_key(item)]
@@ -131,6 +140,9 @@ class Explanation:
 
     def to_dict(self) -> outputs.Explain:
         """Plain values: the explanation of each key, by its places."""
+        if self.choices is not None:
+            choices = {name: {"value": value, "reason": why} for name, (value, why) in self.choices.items()}
+            return {"config": str(self.path), "keys": {}, "choices": choices}
         keys = [key for item in self.found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
         described_keys: dict[str, outputs.ExplainedKey] = {
             place: {
@@ -150,7 +162,10 @@ class Explanation:
         if self.servers is not None:
             for key in described_keys.keys() & {*SERVED_KEYS}:
                 described_keys[key]["servers"] = dict(self.servers)
-        return {"config": str(self.path) if self.path else None, "keys": described_keys}
+        explained: outputs.Explain = {"config": str(self.path) if self.path else None, "keys": described_keys}
+        if self.code is not None:
+            explained["codes"] = {str(self.code): self.code.meaning}
+        return explained
 
 
 def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
@@ -166,28 +181,33 @@ def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[Key
 
 @checked
 def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> Explanation:
-    """Explain keys of a config: meaning, cost, and with a config file the effective values.
+    """Explain keys of a config: meaning, cost, and with a config file the effective values. Or the code of an error.
 
     Args:
-        key: A key, its beginning, or another tool's name for it; by default all keys.
+        key: A key, its beginning, or another tool's name for it; or a code; by default all keys. `auto`: what a run
+            of the config would decide itself, which reads its rows and loads its base.
         path: The config file.
         overrides: As for `load_config`.
 
     Raises:
         ConfigError: The key is unknown, or the config is not valid; overrides are given without one.
+        ModelError, DataError, ResourceError: As `train`, for `auto`.
     """
     if path is None and overrides:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a config", key="overrides"))
     document = None if path is None else load_with_lines(Path(path), assignments(overrides))
+    if key == AUTO:
+        return _choices(path, document)
     named: list[KeyGroup | Key] = [*groups()] if key is None else find(key)
-    if not named:
+    code = next((one for one in Code if one == str(key).removeprefix("error").strip(" []")), None)
+    if not named and code is None:
         fix = suggestion(tuple(str(key).strip().split(".")))
         fix = fix if fix.startswith("did") else "loratune explain lists all keys"
         raise ConfigError(Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", key=str(key), fix=fix))
     keys = [one.label for item in named for one in (item.keys if isinstance(item, KeyGroup) else (item,))]
     sources = _templates(document[0]) if document and ARGUMENTS_KEY in keys else []
     template = {name: default for one in sources for name, default in variables(one).items()}
-    found = Explanation(named, None if path is None else Path(path), document, template if sources else None)
+    found = Explanation(named, None if path is None else Path(path), document, template if sources else None, code=code)
     if document is None or not found.decides_servers:
         return found
     with computing():
@@ -196,10 +216,18 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
         return replace(found, servers=params.servers(document[0]))
 
 
-def _templates(run: RunConfig) -> list[str]:
+def _choices(path: StrPath | None, document: tuple[RunConfig, Document] | None) -> Explanation:
+    """What a run of the config would decide."""
+    if path is None or document is None:
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a config", key=AUTO))
+    plan = loratune.plan(document[0], overwrite=True, config_file=path)
+    return Explanation((), Path(path), None, choices=plan.choices)
+
+
+def _templates(config: RunConfig) -> list[str]:
     """The chat templates of a run, as far as they can be read."""
     try:
-        own = run.data.chat_template
-        return [Path(own).read_text(encoding="utf-8")] if own else chat_templates(run.model)
+        own = config.data.chat_template
+        return [Path(own).read_text(encoding="utf-8")] if own else chat_templates(config.model)
     except (OSError, ValueError):
         return []

@@ -58,9 +58,9 @@ def export(
         options = ExportOptions(to, merged, converters, tokenizer, verify, python)
         opened, weights = adapters.opened, adapters.opened.selection.mix
         if len(opened.selection.directories) > 1 and not weights:
-            what, fix = "several adapters are exported as one, their sum", "give weights: --mix sql:0.7,tone:0.3"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--mix", fix=fix))
-        files = {"--llama-cpp": converters, "--base-gguf": tokenizer}
+            what, fix = "several adapters are exported as one, their sum", "give weights: `mix='sql:0.7,tone:0.3'`"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="mix", fix=fix))
+        files = {"llama_cpp": converters, "base_gguf": tokenizer}
         directory = opened.output_directory(output, rows, overwrite=overwrite, **files)
         with libraries():
             from loratune import data
@@ -78,7 +78,7 @@ def export(
                 mixture = loading.write_mixture(Path(place), weighted)
                 return exporting.export(mixture, directory, options, made_of, split=split)
             except LoratuneError as error:
-                mix = f"--mix {','.join(f'{name}:{weight:g}' for name, weight in weights.items())}"
+                mix = f"`mix='{','.join(f'{name}:{weight:g}' for name, weight in weights.items())}'`"
                 problems = [_of_mixture(problem, place, mix, source.path) for problem in error.problems]
                 raise type(error)(problems) from None
 

@@ -1,7 +1,9 @@
 """The verbs of adapters that write: `generate`, `answers` and `chat`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Unpack
 
 import loratune
 from loratune.adapter.options import Sampling, SamplingOptions
@@ -54,6 +56,71 @@ def generate(
         sampling = Sampling(**options)
         found = answers(adapter, prompts, sampling=sampling, max_new_tokens=max_new_tokens, system=system)
         return [answer.completion for answer in found]
+
+
+@checked
+def stream(
+    adapter: "loratune.Adapter",
+    prompt: str | list[dict[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    system: str | None = None,
+    **options: Unpack[SamplingOptions],
+) -> Iterator[str]:
+    """Complete one prompt piece by piece: whole words, in a thread of its own, which stops if the iterator is closed.
+
+    Args and errors as for `generate`; what cannot be used is reported before the first piece.
+    """
+    sampling, pieces, is_closed = Sampling(**options), SimpleQueue[str | BaseException | None](), Event()
+
+    def receive(piece: str) -> None:
+        if is_closed.is_set():
+            raise _StreamClosed
+        pieces.put(piece)
+
+    written = answers(
+        adapter, [prompt], sampling=sampling, max_new_tokens=max_new_tokens, system=system, on_text=receive,
+        progress=False,
+    )  # fmt: skip
+    return _read(pieces, Thread(target=_write, args=(written, pieces), daemon=True), is_closed, sampling)
+
+
+_Pieces: TypeAlias = "SimpleQueue[str | BaseException | None]"
+"""What was written, piece by piece, then None or what went wrong."""
+
+
+class _StreamClosed(Exception):
+    """The reader of a stream wants no more of it."""
+
+
+def _write(answered: "Iterator[Answer]", pieces: _Pieces) -> None:
+    try:
+        for _ in answered:
+            pass
+        pieces.put(None)
+    except BaseException as error:
+        pieces.put(error)
+
+
+def _read(pieces: _Pieces, writer: Thread, is_closed: Event, sampling: Sampling) -> Iterator[str]:
+    """What a thread writes, without stop texts and the line break at the end. It ends the thread."""
+    text, given, held_back = "", 0, max([0, *(len(stop) - 1 for stop in sampling.stop)])
+    writer.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            text += piece
+            until = sampling.cut(text)
+            until = until if len(until) < len(text) else text[: max(0, len(text) - held_back)]
+            if more := until.removesuffix("\n")[given:]:
+                given += len(more)
+                yield more
+        if more := sampling.cut(text).removesuffix("\n")[given:]:
+            yield more
+    finally:
+        is_closed.set()
+        writer.join()
 
 
 @checked

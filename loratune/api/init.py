@@ -32,7 +32,7 @@ def init(
         ConfigError, ModelError, DataError: A value, the model or the rows cannot be used.
     """
     with listening(on_event):
-        file = output_file.output(Path(output), "--output", overwrite=None) if output is not None else None
+        file = output_file.output(Path(output), "output", overwrite=None) if output is not None else None
         with libraries():
             from loratune.training import init_start
 

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from loratune.codes import Code
 from loratune.errors import NumericError, Problem
 from loratune.system import environment, platforms, release, turns
-from loratune.system.kept_results import cache_directory
+from loratune.system.cache import KeptResults, cache_directory
 from loratune.text import format_size, plural, without_userinfo
 
 BROKEN = ""
@@ -41,7 +41,8 @@ try:
     from loratune.system import accelerator  # isort: skip
 
     from loratune.data.upstream import datasets_cache_dir
-    from loratune.kernels.compiled import fused_ops, self_test
+    from loratune.kernels.compiled import fused_ops
+    from loratune.system.machine_results import kept_here
 except (Exception, SystemExit) as error:
     BROKEN = f"{type(error).__name__}: {error}, in {traceback.extract_tb(error.__traceback__)[-1].filename}"
 
@@ -75,8 +76,8 @@ class Fact:
     advice: str = ""
 
 
-NOT_AVAILABLE = "not available"
-"""The result of a check of the self-test, beside `self_test.PASSED` and `FAILED`."""
+PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
+"""The results of a check of the self-test."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ class Environment:
 
     def check_passed(self) -> None:
         """Raises NumericError: a check of the self-test failed."""
-        failed = [check for check in self.checks if check.result == self_test.FAILED]
+        failed = [check for check in self.checks if check.result == FAILED]
         if failed:
-            fix = "report it with the whole page; until it passes, train turns off what it can do without, and says so"
+            fix = "report it with the whole page; train checks by itself what it uses, and turns off what fails"
             raise NumericError([Problem(Code.SYSTEM_SELF_TEST, f"{one.name}: {one.detail}", fix=fix) for one in failed])
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,10 +186,16 @@ def _program() -> Iterator[Fact]:
     yield from _found("self-test", _self_test)
 
 
+def known_results() -> KeptResults:
+    """The results of the last self-test on this machine, with these versions: name of the check → result."""
+    return kept_here("self-test")
+
+
 def _self_test() -> Fact:
-    if failed := self_test.failed():
+    known = known_results().load()
+    if failed := [name for name, result in known.items() if result == FAILED]:
         return Fact("self-test", f"failed here: {'; '.join(failed)}", "loratune env --self-test repeats the checks")
-    if passed := self_test.passed():
+    if passed := [name for name, result in known.items() if result == PASSED]:
         return Fact("self-test", f"{plural(len(passed), 'check')} passed here")
     return Fact("self-test", "not run here", "loratune env --self-test compares tiny runs here with stock PEFT")
 

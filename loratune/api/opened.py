@@ -76,7 +76,7 @@ class OpenedAdapters:
         from loratune.model.source import local_or_hub
 
         for name, one in self.directories.items():
-            yield f"--adapter {name}".strip(), str(one.path)
+            yield f"the adapter {name}".strip(), str(one.path)
             yield f"the base of {name}" if name else "the base", local_or_hub(one.base.name_or_path)
             for key, path in files_read(one.run) if one.run is not None else ():
                 yield f"{key} of the run that made it", path
@@ -94,17 +94,17 @@ class OpenedAdapters:
             output: The directory.
             rows: Rows that are read.
             overwrite: Whether an earlier output is replaced.
-            files: Option → input file.
+            files: Parameter → input file.
 
         Raises as `OutputDirectory.check`.
         """
-        inputs = [(option, fspath(path)) for option, path in files.items() if path is not None]
-        inputs += [("--data", fspath(rows))] if isinstance(rows, str | PathLike) else []
+        read = files | {"rows": rows if isinstance(rows, str | PathLike) else None}
+        inputs = [(f"`{name}=...`", fspath(path)) for name, path in read.items() if path is not None]
         return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs, *self.files()]).check()
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
-    """The values of --adapter-scale: `0.5,0.7,1`, or from, to and step as `0:1:0.1`. Each is from 0 to 2.
+    """Scales as text: `0.5,0.7,1`, or from, to and step as `0:1:0.1`. Each is from 0 to 2.
 
     Raises ConfigError: a value is not a number, or out of range; there are too many.
     """
@@ -113,7 +113,7 @@ def parse_scales(text: str) -> tuple[float, ...]:
     is_range = ":" in text
     if len(found) < len(parts) or (is_range and (len(found) != 3 or "," in text or found[2] == 0)):
         what, fix = f"`{text}` is not a list of numbers from 0 to 2", "write it like 0.5,0.7,1 or 0:1:0.1"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="scales", fix=fix))
     if is_range:
         first, last, step = found
         count = (last - first) / step + 1e-9
@@ -126,21 +126,21 @@ def parse_scales(text: str) -> tuple[float, ...]:
 def _number_of_scales(number: str) -> ConfigError:
     what = f"holds {number} scales; give from 1 to {_MOST_SCALES}"
     fix = "write it like 0.5,0.7,1, or as first:last:step, 0:1:0.1"
-    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="scales", fix=fix))
 
 
 def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """Scales without duplicates. Raises ConfigError: one is not a number from 0 to 2; there are none, or too many."""
     if not 0 < len(scales) <= _MOST_SCALES:
         raise _number_of_scales(f"{len(scales)}")
-    return tuple(dict.fromkeys(map(checked_scale, scales)))
+    return tuple(dict.fromkeys(checked_scale(scale, "scales") for scale in scales))
 
 
-def checked_scale(scale: float) -> float:
-    """A scale of adapters. Raises ConfigError: it is not a number from 0 to 2."""
+def checked_scale(scale: float, key: str = "scale") -> float:
+    """A scale of adapters. key: the parameter that sets it. Raises ConfigError: it is not a number from 0 to 2."""
     if not 0 <= scale <= 2:
         what, fix = f"{scale} is not a number from 0 to 2", "0 is the base, 1 the adapter as it was trained"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=key, fix=fix))
     return scale
 
 

@@ -70,7 +70,8 @@ def push(
                     "prompts of the training rows are left out of loratune.json; the card is uploaded with its example"
                 )
             if files.record.get(SYSTEM) and not with_system:
-                note("the system message of the training rows is left out of loratune.json; --with-system uploads it")
+                what = "the system message of the training rows is left out of loratune.json"
+                note(f"{what}; `with_system=True` uploads it")
             if ROW_HASHES in files.states:
                 note(f"{ROW_HASHES}, hashes of the training rows, is left out")
             with hub.explained(repository):

@@ -1,4 +1,4 @@
-"""The verb `report` of an adapter, and the public function `loratune.report_study`."""
+"""The verb `report` of an adapter."""
 
 from collections.abc import Sequence
 from os import PathLike, fspath
@@ -23,7 +23,7 @@ def report(
     overwrite: bool = False,
     on_event: Listener | None = None,
 ) -> Path:
-    """Write a self-contained HTML page on the adapter and its run.
+    """Write a self-contained HTML page on the adapter, its run and its sweep.
 
     Args:
         output: The HTML file.
@@ -40,12 +40,12 @@ def report(
         ConfigError, AdapterError, ModelError, DataError: The file, an adapter, the base or the rows cannot be used.
     """
     with listening(on_event):
-        check_used({"--adapter-scale": "--data"} if rows is None and len(scales) else {})
+        check_used({"scales": "rows"} if rows is None and len(scales) else {})
         other = against if against is None or isinstance(against, loratune.Adapter) else loratune.Adapter(against)
         subjects = [one for one in (adapter, other) if one is not None]
         inputs = [path for one in subjects for path in one.opened.inputs()]
         inputs += [Path(rows)] if isinstance(rows, str | PathLike) else []
-        file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs, begins=output_file.HTML)
+        file = output_file.output(Path(output), "output", overwrite=overwrite, inputs=inputs, begins=output_file.HTML)
         with libraries():
             from loratune.report import adapter as pages
 
@@ -56,22 +56,3 @@ def report(
         with computing(), file.opened() as writable:
             writable.write(pages.report(shown, comparison, name, by_scale))
         return file.path
-
-
-@checked
-def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False) -> Path:
-    """Write an HTML page on the study of a sweep. Returns the file.
-
-    Raises ConfigError: The directory does not hold a study, or the file cannot be written.
-    """
-    file = output_file.output(
-        Path(output), "--output", overwrite=overwrite, inputs=[Path(directory)], begins=output_file.HTML
-    )
-    with libraries():
-        from loratune.report import adapter as pages
-
-    file = file.reading(*pages.study_inputs(Path(directory)))
-    text = pages.study_report(Path(directory))
-    with file.opened() as writable:
-        writable.write(text)
-    return file.path

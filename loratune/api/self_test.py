@@ -1,8 +1,8 @@
 """`loratune env --self-test`: whether this machine computes what stock transformers and PEFT compute.
 
 Small models with random weights are trained, loaded and run on the device of this machine, through the functions that
-users call, and the results are compared with those of plain loops over the stock model. The results are kept in the
-cache directory. What failed is then not used where there is another way, also not in the checks after it.
+users call, and the results are compared with those of plain loops over the stock model. The results are reported, and
+kept for the page of `loratune env`; what a run uses is decided by its own checks, see `kernels.accelerate`.
 """
 
 import json
@@ -29,7 +29,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.api import self_test_operations as checked
 from loratune.api.adapter import Adapter
 from loratune.api.config import load_config
-from loratune.api.machine import NOT_AVAILABLE, Check
+from loratune.api.machine import FAILED, NOT_AVAILABLE, PASSED, Check, known_results
 from loratune.api.self_test_operations import DifferenceError, NotAvailableError
 from loratune.api.train import train_now
 from loratune.config import LoraSection, ModelSection, RunConfig
@@ -37,20 +37,16 @@ from loratune.data.batches import flatten, pad
 from loratune.errors import LoratuneError, ResourceError, is_disk_full, is_out_of_memory
 from loratune.events import Event, StepEvent, listening, note, progress
 from loratune.kernels.compiled import fused_ops
-from loratune.kernels.compiled import self_test as results
-from loratune.kernels.compiled.self_test import FAILED, PASSED
 from loratune.lora import attach, creation
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks, quiet_transformers
 from loratune.system import turns
+from loratune.system.cache import keeping_in
 from loratune.system.files import explain_full_disk
-from loratune.system.kept_results import keeping_in
 
 CURVE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """The largest difference of a loss from that of the stock loop, relative to the first loss, by dtype of the base."""
-LEAST_GAIN = 1.03
-"""The factor from which on Liger's kernels count as faster."""
 LONG_SECONDS = 60.0
 """Seconds after which a self-test that does not get the processor says so."""
 STEPS, COMPARED_STEPS, NEW_TOKENS = 20, 5, 12
@@ -61,9 +57,9 @@ TRAINING: dict[str, Any] = {
     "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
 }  # fmt: skip
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PADDED, PACKED, SHARED = "padded rows, {}", "packed rows, {}", "sft with shared prefixes, {}"
 LAYOUTS: dict[str, dict[str, Any]] = {
-    results.PADDED: {"packing": "none"}, results.PACKED: {"packing": "batch", "share_prefixes": False},
-    results.SHARED: {},
+    PADDED: {"packing": "none"}, PACKED: {"packing": "batch", "share_prefixes": False}, SHARED: {},
 }  # fmt: skip
 """The checks of how rows are put together → the settings for it."""
 ROWS = [{"prompt": f"Add the numbers. {n} + {3 * n} =", "completion": f" {4 * n}"} for n in range(1, 9)]
@@ -77,7 +73,7 @@ class _StoppedError(Exception):
 
 
 def run() -> list[Check]:
-    """Run all checks, keep each result, and return them in order. It takes about half a minute on two cores.
+    """Run all checks, keep their results, and return them in order. It takes about half a minute on two cores.
 
     The checks know nothing of earlier runs, whose failures would not be tested again; nor do runs know of the checks'
     rows and models.
@@ -85,7 +81,7 @@ def run() -> list[Check]:
     Raises:
         ResourceError: There is no room for the models.
     """
-    found, why, is_slow = list[Check](), "", False
+    found, is_slow = list[Check](), False
     began, computed = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(prefix="loratune-self-test-") as folder:
         with explain_full_disk("the models of the self-test", 4 << 20, Path(folder), "set TMPDIR to another disk"):
@@ -94,15 +90,12 @@ def run() -> list[Check]:
             start = time.monotonic()
             with progress(f"self-test: {name}"), listening(_ignored), keeping_in(Path(folder, "kept")):
                 result, detail = _outcome(check)
-                results.record({name: result})
-            faster = {results.LIGER_FASTER: PASSED if tests.is_liger_faster else NOT_AVAILABLE}
-            why = results.record({name: result} | faster)
             found.append(Check(name, result, detail, round(time.monotonic() - start, 2)))
             took, used = time.monotonic() - began, time.process_time() - computed
             if not is_slow and took > LONG_SECONDS and used < took / 2:
                 is_slow = True
                 note(f"the self-test waits for the processor: other programs left it {used:.0f} of {took:.0f} s so far")
-    if why:
+    if why := known_results().store({check.name: check.result for check in found}):
         note(f"the results of the self-test are not kept: {why}")
     return found
 
@@ -130,7 +123,6 @@ class _SelfTest:
 
     Attributes:
         folder: An empty directory for models and adapters.
-        is_liger_faster: Whether a step took less time with Liger's kernels.
     """
 
     folder: Path
@@ -145,27 +137,26 @@ class _SelfTest:
         self._tokenizer.save_pretrained(self._base)
         self._curves: dict[torch.dtype, list[float]] = {}
         self._seconds: dict[str, float] = {}
-        self.is_liger_faster = False
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """Name and function of each check. The function returns a line on what it found."""
         for dtype in fused_ops.DEFINES:
-            yield results.OPERATIONS.format(_name(dtype)), partial(checked.operations, dtype)
+            yield f"compiled operations, {_name(dtype)}", partial(checked.operations, dtype)
         for dtype in dict.fromkeys((torch.float32, self._dtype)):
-            yield results.LAYERS.format(_name(dtype)), partial(checked.layers, dtype, self._device)
+            yield f"accelerated layers, {_name(dtype)}", partial(checked.layers, dtype, self._device)
             for layout in LAYOUTS:
                 yield layout.format(_name(dtype)), partial(self._sft, layout, dtype)
         yield "dpo, float32", self._dpo
         yield "resume", self._resume
-        yield results.GENERATE, self._generate
+        yield "generate", self._generate
         for bits in ("8bit", "4bit"):
             yield f"quantization: {bits}", partial(self._quantized, bits)
-        yield results.SHARED_ON_GPU, partial(self._on_gpu, "trees", "", data={"share_prefixes": True})
+        yield "shared prefixes on a GPU", partial(self._on_gpu, "trees", "", data={"share_prefixes": True})
         lacks = "" if is_flash_attn_2_available() else "the package flash-attn is not installed"
         chosen = {"attn_implementation": "flash_attention_2"}
-        yield results.FLASH, partial(self._on_gpu, "flash", lacks, model=chosen)
+        yield "FlashAttention 2", partial(self._on_gpu, "flash", lacks, model=chosen)
         yield "speed", self._speed
-        yield results.LIGER, self._liger
+        yield "Liger's kernels", self._liger
 
     def _config(self, name: str, rows: Sequence[dict[str, str]], **sections: dict[str, Any]) -> RunConfig:
         """A config. sections: what differs from the constants above."""
@@ -211,7 +202,7 @@ class _SelfTest:
 
     def _dense_base(self, dtype: torch.dtype) -> Any:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype).to(self._device)
+            return AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype, use_kernels=False).to(self._device)
 
     def _quantized_base(self, section: ModelSection) -> Any:
         """What stock PEFT computes with: the layers of bitsandbytes on a GPU, which round activations too; dequantized
@@ -252,7 +243,7 @@ class _SelfTest:
 
     def _sft(self, layout: str, dtype: torch.dtype) -> str:
         name, model = layout.format(_name(dtype)), {"dtype": _name(dtype)}
-        steps = STEPS if layout == results.SHARED else COMPARED_STEPS
+        steps = STEPS if layout == SHARED else COMPARED_STEPS
         ours = self._trained(name, ROWS, model=model, data=LAYOUTS[layout], training={"max_steps": steps})
         stock = self._stock_curve(dtype)[:steps]
         return f"{steps} steps, loss {stock[0]:.3f} to {stock[-1]:.3f}; {_compared(ours, stock, CURVE[dtype])}"
@@ -278,8 +269,8 @@ class _SelfTest:
             if isinstance(event, StepEvent) and event.step == 3:
                 raise _StoppedError
 
-        whole = self._adapter(results.PACKED)
-        config = self._config("resumed", ROWS, data=LAYOUTS[results.PACKED], training={"save_steps": 2})
+        whole = self._adapter(PACKED)
+        config = self._config("resumed", ROWS, data=LAYOUTS[PACKED], training={"save_steps": 2})
         with suppress(_StoppedError):
             with listening(stop):
                 train_now(config, allow_worse=True)
@@ -290,7 +281,7 @@ class _SelfTest:
         return f"from step 2 of {COMPARED_STEPS}: the same bytes"
 
     def _generate(self) -> str:
-        loaded = loading.load(AdapterDirectory.open(self._adapter(results.SHARED)))
+        loaded = loading.load(AdapterDirectory.open(self._adapter(SHARED)))
         prompts = [self._tokenizer(row["prompt"]).input_ids for row in ROWS]
         written = [*map(loaded.until_end, loaded.complete(prompts, NEW_TOKENS))]
         for prompt, answer in zip(prompts, written, strict=True):
@@ -342,7 +333,6 @@ class _SelfTest:
         kernels.use_liger(model)
         with kernels.accelerated(model, attach.adapted_linear):
             factor = self._seconds["accelerated"] / checked.step_seconds(model, flatten)
-        self.is_liger_faster = factor > LEAST_GAIN
         return f"{detail}; {factor:.2f} times as fast as without"
 
     def _wide_model(self) -> Any:

@@ -1,8 +1,7 @@
 """What `loratune env --self-test` compares with references: operations, accelerated layers; and the speed of a step."""
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,15 +16,21 @@ from loratune.data.batches import Put, flatten, pad
 from loratune.data.packing import share_prefixes
 from loratune.kernels import gpu
 from loratune.kernels.compiled import fused_ops, reference
-from loratune.kernels.layout import Layout, Scoring
-from loratune.kernels.parity_check import relative_rms
+from loratune.kernels.compiled.operations import (
+    BRANCHES,
+    PLAIN,
+    TOLERANCE,
+    attention,
+    attention_inputs,
+    differences,
+    drawn,
+    largest,
+)
 from loratune.lora import attach, creation
 from loratune.system import accelerator
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-"""The largest relative difference of an operation from its reference, by dtype."""
 LAYERS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""The same for losses, gradients and logits of models with kernels."""
+"""The largest relative difference of losses, gradients and logits of models with kernels, by dtype."""
 MISCOMPUTED = "not compute the same", "computes something else"
 """Texts of notes on layers that are not accelerated and prefixes that are not shared, where kernels are wrong."""
 SHAPE: dict[str, Any] = {
@@ -46,12 +51,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Sequence[int]]] = {
 }
 """Models that have all kinds of layers that kernels replace → type, configuration, settings of LoRA, tokens of rows.
 Each token uses all experts, as rounding could change which."""
-BRANCHES = torch.cat([torch.arange(*span) for span in ((0, 70), (40, 60), (3, 8))])
-"""Positions of rows that share prefixes."""
-PLAIN, SPECIAL = Scoring(0.25), Scoring(1.0, 3.0, torch.linspace(-2, 2, 6))
-"""How scores of attention are computed; the second with caps and sinks."""
-TOKENS = 1, 2, 3, 4, 5, 37
-"""Tokens of products with quantized weights, which are computed in another way for few tokens."""
 SPEED_ROWS, TIMED_STEPS = (16, 32, 48, 64, 96, 128, 192, 256), 3
 """Tokens of the rows; steps that are timed, after as many that are not."""
 
@@ -65,12 +64,13 @@ class DifferenceError(Exception):
 
 
 def operations(dtype: torch.dtype) -> str:
-    """Each compiled operation against its reference, forward and backward."""
-    like = torch.zeros(1, dtype=dtype)
-    if refusal := fused_ops.refusal(like):
-        raise NotAvailableError(refusal)
-    ops = fused_ops.fused_ops(like)
-    worst = {name: _largest(compute(reference, dtype), compute(ops, dtype)) for name, compute in _OPERATIONS.items()}
+    """Each compiled operation against its reference, forward and backward; and what else is computed in its place."""
+    ops = fused_ops.loaded(dtype)
+    if ops is None:
+        raise NotAvailableError(fused_ops.refusal(torch.zeros(1, dtype=dtype)))
+    worst = differences(ops, dtype)
+    for name, compute in _OTHERS.items():
+        worst[name] = largest(*compute(dtype))
     return _told("operations", worst, TOLERANCE[dtype])
 
 
@@ -89,7 +89,7 @@ def layers(dtype: torch.dtype, device: torch.device) -> str:
         for path, weight in model.named_parameters():
             if "lora_B" in path:
                 nn.init.normal_(weight, std=0.1)
-        worst[name] = _largest(*_with_and_without(model, lengths))
+        worst[name] = largest(*_with_and_without(model, lengths))
     return _told("models", worst, LAYERS_TOLERANCE[dtype])
 
 
@@ -133,12 +133,6 @@ def _step(model: Any, lengths: Sequence[int], put: Put) -> list[Tensor]:
     return [loss.detach(), *(torch.cat([one.flatten() for one in gradients[side::2]]) for side in (0, 1))]
 
 
-def _largest(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest relative difference; infinite where one is not finite."""
-    differences = [relative_rms(*pair) for pair in zip(expected, found, strict=True)]
-    return max(math.inf if math.isnan(one) else one for one in differences)
-
-
 def _told(what: str, differences: dict[str, float], allowed: float) -> str:
     """A line on the largest difference. Raises DifferenceError: it is not allowed."""
     name, worst = max(differences.items(), key=lambda item: item[1])
@@ -148,105 +142,32 @@ def _told(what: str, differences: dict[str, float], allowed: float) -> str:
     return detail
 
 
-def _drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _norm(ops: Any, dtype: torch.dtype, added: float = 0.0) -> list[Tensor]:
-    x, weight, gradient = _drawn(dtype, 37, 96), _drawn(dtype, 96, seed=1), _drawn(dtype, 37, 96, seed=2)
-    y, inverse = ops.rms_norm(x, weight, 1e-5, added)
-    return [y, inverse, ops.rms_norm_backward(gradient, x, weight, inverse, added)]
-
-
-def _gate(ops: Any, dtype: torch.dtype, activation: tuple[float, float] = reference.SILU) -> list[Tensor]:
-    both, gradient = _drawn(dtype, 37, 192), _drawn(dtype, 37, 96, seed=1)
-    return [ops.swiglu(both, *activation), ops.swiglu_backward(gradient, both, *activation)]
-
-
-def _heads(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    joined, angle = _drawn(dtype, 37, (2 * 3 + 2 * 2) * 16), _drawn(torch.float32, 37, 8, seed=1)
-    cosine, sine = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    split = ops.split_heads(joined, cosine, sine, 2, 3)
-    return [*split, ops.join_heads(*split, cosine, sine)]
-
-
-def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, see `reference.attend`."""
-    return _drawn(dtype, 2, 95, 3, 16), _drawn(dtype, 2, 95, 16, seed=1), _drawn(dtype, 2, 95, 16, seed=2)
-
-
-def _attention(ops: Any, dtype: torch.dtype, window: int | None = None, scoring: Scoring = PLAIN) -> list[Tensor]:
-    inputs, layout = _inputs(dtype), Layout.of(BRANCHES, window, 48)
-    outputs = ops.attend(*inputs, layout, scoring)
-    gradient = _drawn(dtype, 95, 2 * 3 * 16, seed=3)
-    return [*outputs, *ops.attend_backward(gradient, outputs, inputs, layout, scoring)]
-
-
-def _attention_of_gpu(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    """That of a GPU, forward only: it has no backward pass on a CPU."""
-    if ops is reference:
-        return _attention(ops, dtype, 9)[:1]
-    query, key, value = _inputs(dtype)
+def _attention_of_gpu(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention of a GPU beside the reference, forward only: it has no backward pass on a CPU."""
+    query, key, value = attention_inputs(dtype)
     heads = query.transpose(1, 2).flatten(0, 1)[None], key[None], value[None]
-    return [gpu.TreeAttention().attend(*heads, BRANCHES[None], 9, PLAIN.scale).flatten(2)[0]]
+    found = gpu.TreeAttention().attend(*heads, BRANCHES[None], 9, PLAIN.scale).flatten(2)[0]
+    return attention(reference, dtype, 9)[:1], [found]
 
 
-def _update(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    y, x = _drawn(dtype, 37, 48), _drawn(dtype, 37, 32, seed=1)
-    ops.add_lora(y, x, _drawn(dtype, 8, 32, seed=2), _drawn(dtype, 8, 48, seed=3))
-    return [y]
-
-
-def _weight(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    y, weight = torch.zeros(37, 96, dtype=dtype), torch.arange(37 * 96).view(37, 96).to(torch.int8)
-    scales = _drawn(torch.float32, 37).abs()
-    ops.dequantize(y, weight, scales)
-    numbers, most = ops.quantize_8bit(_drawn(dtype, 37, 96))
-    products = (ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in TOKENS)
-    return [y, numbers.to(dtype), most, *products]
-
-
-def _weight_4bit(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Of 37 outputs, with three blocks of 64 weights each."""
-    code, blocks = torch.linspace(-1, 1, 16), _drawn(dtype, 111, 64)
-    numbers, most = ops.quantize_4bit(blocks, (code[1:] + code[:-1]) / 2, torch.arange(16).to(torch.uint8))
-    y, numbers = torch.zeros(111, 64, dtype=dtype), numbers.view(111, 32)
-    ops.dequantize_4bit(y, numbers, most, code)
-    rows = numbers.view(37, 96)
-    products = (ops.linear_4bit(_drawn(dtype, tokens, 192), rows, most, code) for tokens in TOKENS)
-    return [y, numbers.to(dtype), most, *products]
-
-
-def _loss(ops: Any, dtype: torch.dtype, weights: Tensor | None = None) -> list[Tensor]:
-    logits, targets = _drawn(dtype, 37, 264), torch.arange(37)
-    return [ops.cross_entropy(logits, targets, weights), logits]
-
-
-def _retention(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    """The divergence from the most probable tokens of a teacher, where all others are one outcome; and its gradient."""
-    scores, teacher = _drawn(dtype, 37, 264).float().requires_grad_(), _drawn(torch.float32, 37, 264, seed=1)
+def _retention(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The divergence from the most probable tokens of a teacher, where all others are one outcome, and its gradient;
+    beside those by plain torch."""
+    scores, teacher = drawn(dtype, 37, 264).float().requires_grad_(), drawn(torch.float32, 37, 264, seed=1)
     ids, top = kernels.most_probable(teacher, 20)
-    if ops is reference:
 
-        def merged(logits: Tensor) -> Tensor:
-            shares = logits.double().softmax(-1)
-            return torch.cat([shares.gather(1, ids), 1 - shares.gather(1, ids).sum(1, keepdim=True)], 1)
+    def merged(logits: Tensor) -> Tensor:
+        shares = logits.double().softmax(-1)
+        return torch.cat([shares.gather(1, ids), 1 - shares.gather(1, ids).sum(1, keepdim=True)], 1)
 
-        found = (merged(teacher) * (merged(teacher).log() - merged(scores).log())).sum(1)
-    else:
-        found = kernels.divergence(scores, ids, top)
-    return [found.detach(), *torch.autograd.grad(found.sum(), scores)]
+    plain = (merged(teacher) * (merged(teacher).log() - merged(scores).log())).sum(1)
+    both = (plain, kernels.divergence(scores, ids, top))
+    expected, found = ([one.detach(), *torch.autograd.grad(one.sum(), scores)] for one in both)
+    return expected, found
 
 
-_OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
-    "norm": _norm, "norm that adds 1": partial(_norm, added=1.0),
-    "gate": _gate, "gate by GELU": partial(_gate, activation=reference.GELU),
-    "heads": _heads, "LoRA": _update, "8-bit weight": _weight, "4-bit weight": _weight_4bit,
-    "attention": _attention, "attention of a GPU": _attention_of_gpu,
-    "attention with a window, caps and sinks": partial(_attention, window=9, scoring=SPECIAL),
-    "loss": _loss, "loss with weights": partial(_loss, weights=_drawn(torch.float32, 37, seed=4).abs()),
-    "divergence from a teacher": _retention,
-}  # fmt: skip
+_OTHERS = {"attention of a GPU": _attention_of_gpu, "divergence from a teacher": _retention}
+"""Name → function of a dtype that returns what is expected, and what is computed."""
 
 
 def dequantized(model: Any) -> dict[str, Tensor]:

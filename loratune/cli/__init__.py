@@ -9,5 +9,6 @@ from loratune.cli import config as config
 from loratune.cli import evaluate as evaluate
 from loratune.cli import exports as exports
 from loratune.cli import generate as generate
+from loratune.cli import quickstart as quickstart
 from loratune.cli import training as training
 from loratune.cli.application import app as app

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from loratune.cli.boundary import checked_output
+from loratune.cli.options import use_options
 from loratune.codes import Code
 from loratune.console import EscapedStream, as_json, escape_output, print_json, print_lines, print_problems, raw_output
 from loratune.errors import ConfigError, Problem
@@ -23,8 +24,8 @@ MAX_COUNT = 2**31 - 1
 """The largest number of tokens or rows that an option accepts."""
 
 _COMMANDS = (
-    "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
-    "export", "push", "env",
+    "quickstart", "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "classify",
+    "chat", "merge", "export", "push", "env",
 )  # fmt: skip
 
 
@@ -37,6 +38,24 @@ class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """The names in the order of the help, which is the order in which the commands are used."""
         return sorted(super().list_commands(ctx), key=_COMMANDS.index)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The named command, whose options errors name from now on."""
+        name, command, rest = super().resolve_command(ctx, args)
+        use_options(command.params if command is not None else ())
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. An unknown option that is the name of a config key is answered with `--set`."""
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            from loratune.config import keys
+
+            words = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+            if words and hasattr(error, "possibilities") and (near := keys.named_elsewhere(words)):
+                error.possibilities = [f"--set {near}=VALUE"]
+            raise
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
         """Run a command with its output escaped. With `--json`, usage errors are JSON as all others are."""
@@ -61,6 +80,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", envvar="LORATUNE_VERBOSE", help="Show all choices with reasons, and all counts."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, including those of non-fatal errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Skip verification: allow another base and edited files.")]
@@ -121,12 +144,11 @@ def program() -> str:
     return path if Path(path).name == "loratune" and shutil.which("loratune") is None else "loratune"
 
 
-def check_paths(**options: str | Path | None) -> None:
-    """Raises ConfigError: the value of an option, or of an argument (in capitals), is not a valid path."""
-    for option, path in options.items():
+def check_paths(**parameters: str | Path | None) -> None:
+    """Raises ConfigError: the value of a parameter of a command is not a valid path."""
+    for name, path in parameters.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
-            key = option if option.isupper() else f"--{option}"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=key, fix="check the path"))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=name, fix="check the path"))
 
 
 def system_message(given: str | None, *, none: bool) -> str | None:
@@ -136,10 +158,10 @@ def system_message(given: str | None, *, none: bool) -> str | None:
     return "" if none else given
 
 
-def needs(options: Mapping[str, object], needed: str) -> list[Problem]:
-    """A problem for each given option that needs another one. needed: the missing option, or `a CONFIG`."""
+def needs(parameters: Mapping[str, object], needed: str) -> list[Problem]:
+    """A problem for each given parameter that needs an option. needed: the missing option, or `a CONFIG`."""
     what = f"only works with {needed}"
-    return [Problem(Code.USAGE_CONFLICT, what, key=f"--{name}") for name, value in options.items() if value]
+    return [Problem(Code.USAGE_CONFLICT, what, key=name) for name, value in parameters.items() if value]
 
 
 def show(lines: Iterable[str], values: Any) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import typer
 
+from loratune.cli.options import problem_as_options
 from loratune.cli.terminal import Terminal
 from loratune.codes import Code
 from loratune.console import EscapedStream, log, print_problems
@@ -43,7 +44,9 @@ _OS_ERRORS = {
 
 
 @contextmanager
-def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str = "free memory") -> Iterator[Group]:
+def boundary(
+    debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str = "free memory", verbose: bool = False
+) -> Iterator[Group]:
     """Turn errors into `error:` lines and an exit code, show events, and hide warnings of libraries.
 
     This is the only place that sets signal handlers, warning filters, loggers and the number of threads of a command.
@@ -52,6 +55,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
         debug: Print tracebacks, warnings, and log messages of the package, such as non-fatal errors.
         join: Joins the other processes of a run; by default the command runs in one process.
         memory_fix: The fix to report if this command runs out of memory.
+        verbose: Show reasons and counts.
     """
     logger, handler = logging.getLogger("loratune"), logging.StreamHandler()
     if debug:
@@ -66,7 +70,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
     group: Group = Group()
     stop = Stop()
     try:
-        with raise_on_signals(signals.write_line) as stop, listening(Terminal()):
+        with raise_on_signals(signals.write_line) as stop, listening(Terminal(verbose)):
             _check_working_directory()
             if join is Group and (size := launcher.world_size()) > 1:
                 what = f"was started {size} times, but this command runs in one process"
@@ -122,7 +126,7 @@ def _is_stop(error: BaseException) -> bool:
 
 def stop_error(stop: KeyboardInterrupt, fix: str = "") -> LoratuneError:
     """The error that ends a command after a signal. fix: how to continue; by default that the result is in its place,
-    if it was before the signal was heeded."""
+    if it was before the command reacted to the signal."""
     if not fix and isinstance(stop, StopSignal) and stop.published is not None:
         fix = f"{stop.published} is finished and whole"
     if isinstance(stop, Termination):
@@ -162,6 +166,7 @@ def _print_nowhere() -> None:
 
 def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> None:
     problems, exit_code = group.fail(*_explain(error, memory_fix))
+    problems = [*map(problem_as_options, problems)]
     stream = sys.stderr if group.main else EscapedStream(sys.__stderr__)
     if debug:
         print(without_userinfo("".join(traceback.format_exception(error))), end="", file=stream)

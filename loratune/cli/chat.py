@@ -20,6 +20,7 @@ from loratune.cli.application import (
     system_message,
 )
 from loratune.cli.boundary import boundary
+from loratune.cli.options import as_options, problem_as_options
 from loratune.codes import Code
 from loratune.console import log, raw_output
 from loratune.errors import ConfigError, DataError, LoratuneError, Problem
@@ -51,7 +52,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     scale: AdapterScale = 1.0,
-    assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    overrides: DataAssignments = [],  # noqa: B006  typer copies it
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -61,9 +62,9 @@ def chat(
 
         import loratune
 
-        named = loratune.Adapters(adapters, scale=scale, force=force, overrides=assignments)
+        named = loratune.Adapters(adapters, scale=scale, force=force, overrides=overrides)
         talk = named.chat(system=given, max_new_tokens=max_new_tokens, temperature=temperature)
-        log(*talk.notes())
+        log(*map(as_options, talk.notes()))
         _Session(talk, tuple(named.opened.inputs()), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
 
 
@@ -98,7 +99,7 @@ class _Session:
             except LoratuneError as error:
                 if not self._terminal or any(one.code is Code.OUTPUT_FAILED for one in error.problems):
                     raise
-                log(*(f"error: {problem}" for problem in error.problems))
+                log(*(f"error: {problem_as_options(problem)}" for problem in error.problems))
 
     def _typed(self) -> Iterator[str]:
         """The typed lines. Editing and history use readline from the standard library, if available."""
@@ -148,7 +149,7 @@ class _Session:
                         raise signals.Termination
         if reply.cut:
             kept = "the beginning of the answer is kept" if reply.text else "there is no answer yet"
-            log(f"cut off: {reply.cut}{f'; {kept}' if reply.cut == 'stopped' else ''}")
+            log(f"cut off: {as_options(reply.cut)}{f'; {kept}' if reply.cut == 'stopped' else ''}")
 
     def _use(self, name: str) -> None:
         if name:

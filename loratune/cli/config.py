@@ -12,11 +12,12 @@ import typer
 
 from loratune.cli.application import STDOUT, Assignments, Debug, Json, app, check_paths, needs, program, show
 from loratune.cli.boundary import boundary, checked_output
+from loratune.cli.options import as_options
 from loratune.codes import Code
 from loratune.console import as_json, log, print_json, print_lines
 from loratune.errors import ConfigError, Problem
 from loratune.events import Event, FinishedEvent, listener
-from loratune.text import block, shell_word
+from loratune.text import Detail, block, one_line, shell_word
 
 if TYPE_CHECKING:
     from loratune import InitialConfig
@@ -29,20 +30,20 @@ OptionalConfig = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="T
 
 @app.command()
 def init(
-    data: Annotated[
+    rows: Annotated[
         str, typer.Argument(metavar="DATA", help="The training rows: a file, a directory, a glob, or a hub id.")
     ],
     model: Annotated[str, typer.Option("--model", metavar="NAME_OR_DIR", help="The base model.")],
     output: Annotated[
         str, typer.Option("--output", metavar="FILE", help="The config to write, which must not exist; - is stdout.")
     ] = "config.yaml",
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    overrides: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a config for rows and a model, with reasons. No weights are loaded or downloaded."""
     with boundary(debug):
-        check_paths(DATA=data, model=model, output=output)
+        check_paths(rows=rows, model=model, output=output)
 
         import loratune
 
@@ -55,7 +56,7 @@ def init(
                     print(event.result.text, end="")
                 _show_started(event.result, output)
 
-        loratune.init(data, model=model, output=output if to_file else None, overrides=assignments, on_event=listen)
+        loratune.init(rows, model=model, output=output if to_file else None, overrides=overrides, on_event=listen)
 
 
 def _show_started(started: "InitialConfig", output: str) -> None:
@@ -66,14 +67,14 @@ def _show_started(started: "InitialConfig", output: str) -> None:
         show([], display.started_values(started, output if output != STDOUT else None))
         return
     lines = display.started(started)
+    lines += [("!", line) for line in display.started_notes(started) if not isinstance(line, Detail)]
     with checked_output():
         if Path(output).is_file() and not output.startswith(("/dev/", "/proc/")):
             command = f"{program()} train {shell_word(output)}"
-            lines += [("config", output), ("look", f"{command} --dry-run"), ("train", command)]
-            print_lines(block("started", lines))
+            lines += [("look", f"{command} --dry-run"), ("train", command)]
+            print_lines(block(f"{display.mark('good')} {one_line(output)} is written", lines))
         else:
             log(*(f"{name}: {value}" for name, value in lines))
-        log(*display.started_notes(started))
 
 
 @app.command()
@@ -83,7 +84,7 @@ def params(
         str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA settings.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    overrides: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -92,7 +93,7 @@ def params(
         if sum(value is not None for value in (config_file, model, adapter)) != 1:
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of CONFIG, --model and --adapter"))
         check_paths(adapter=adapter)
-        if adapter and assignments:
+        if adapter and overrides:
             what = "does not work with --adapter, which has its settings"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix="leave it out"))
 
@@ -108,7 +109,7 @@ def params(
 
             show(display.stats(str(adapter), stats), asdict(stats))
             return
-        run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
+        run = config.load(config_file, overrides) if config_file else config.for_model(str(model), overrides)
         found = loratune.count_parameters(run)
 
         from loratune.cli import display
@@ -141,10 +142,15 @@ def schema(
 @app.command()
 def explain(
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="A key, a section, or the start of a key; by default all keys.")
+        str | None,
+        typer.Argument(
+            metavar="KEY",
+            help="A key, a section, the start of a key, or an error's code; by default all keys. "
+            "auto: what a run of CONFIG would choose itself.",
+        ),
     ] = None,
     config_file: OptionalConfig = None,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    overrides: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -154,20 +160,23 @@ def explain(
 
         if key and key.endswith(_YAML) and not (config_file and config_file.name.endswith(_YAML)):
             config_file, key = Path(key), str(config_file) if config_file else None
-        if config_file is None and (problems := needs({"set": assignments}, "a CONFIG")):
+        if config_file is None and (problems := needs({"overrides": overrides}, "a CONFIG")):
             raise ConfigError(problems)
-        found = loratune.explain(key, config_file, assignments)
+        found = loratune.explain(key, config_file, overrides)
         with checked_output():
             if as_json:
-                print_json(found.to_dict())
+                values = found.to_dict()
+                for setting in (one for key in values["keys"].values() for one in key["in_force"]):
+                    setting["source"] = as_options(setting["source"])
+                print_json(values)
                 return
             width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else sys.maxsize
             for number, (title, lines) in enumerate(found.blocks()):
                 if number:
                     print()
-                is_key = lines[0][0] == "meaning"
+                is_key = lines[0][0] in ("meaning", "value", "reported when")
                 room = sys.maxsize if is_key else width - max(len(name) for name, _ in lines) - 4
-                print_lines(block(title, [(name, _shortened(text, room)) for name, text in lines]))
+                print_lines(block(title, [(name, _shortened(as_options(text), room)) for name, text in lines]))
 
 
 @app.command()

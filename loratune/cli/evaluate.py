@@ -37,7 +37,7 @@ _MEMORY_FIX = "free memory, or shorten the rows with --set data.max_length"
 @app.command()
 def evaluate(
     adapter: AdapterPath,
-    data: Annotated[
+    rows: Annotated[
         str | None,
         typer.Option("--data", metavar="FILE", help="Held-out rows, in the same format as the training rows."),
     ] = None,
@@ -56,7 +56,9 @@ def evaluate(
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", metavar="NAME", help="exact_match, label, contains, rouge_l, json or regex:PATTERN; repeatable."
+            "--metric",
+            metavar="NAME",
+            help="exact_match, label, contains, rouge_l, json, tool_call or regex:PATTERN; repeatable.",
         ),
     ] = None,
     forgetting: Annotated[
@@ -73,6 +75,20 @@ def evaluate(
             "--worst", metavar="N", min=0, max=MAX_COUNT, help="Show the N rows with the largest loss increase."
         ),
     ] = 0,
+    few_shot: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=0, max=MAX_COUNT, help="Also ask the base with K training rows as examples."),
+    ] = None,
+    base_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Also ask the base with this prompt: 'Classify as a or b: {prompt}'."),
+    ] = None,
+    abstain_for: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="For labels: from which probability on this share of the answers is right, as 0.95."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +108,7 @@ def evaluate(
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="With --require: accept rows that are also in train.")
     ] = False,
-    scale: Annotated[
+    scales: Annotated[
         str,
         typer.Option(
             "--adapter-scale",
@@ -100,51 +116,66 @@ def evaluate(
             help="Multiply the adapter's update by S; a table for several, as 0.5,0.7,1 or 0:1:0.1.",
         ),
     ] = "1",
-    assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    overrides: DataAssignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Compare an adapter with its base on rows, or on tasks."""
     with boundary(debug, memory_fix=_MEMORY_FIX):
-        check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
-        if data is None and tasks is None:
+        check_paths(adapter=adapter, rows=rows, against=against, forgetting=forgetting, output=output)
+        if rows is None and tasks is None:
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --data, --tasks, or both"))
         if str(output) == STDOUT:
             what, fix = "stdout has the metrics", "name a file for the rows"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--output", fix=fix))
-        of_data = {"against": against, "metric": metrics, "forgetting": forgetting, "worst": worst, "output": output}
-        problems = [] if data else needs(of_data | {"set": assignments}, "--data")
+        of_data = {"against": against, "metrics": metrics, "forgetting": forgetting, "worst": worst, "output": output}
+        of_data |= {
+            "few_shot": few_shot is not None,
+            "base_prompt": base_prompt,
+            "abstain_for": abstain_for is not None,
+        }
+        problems = [] if rows else needs(of_data | {"overrides": overrides}, "--data")
         problems += [] if tasks else needs({"limit": limit}, "--tasks")
         problems += [] if output else needs({"overwrite": overwrite}, "--output")
-        problems += [] if require else needs({"allow-overlap": allow_overlap}, "--require")
+        problems += [] if require else needs({"allow_overlap": allow_overlap}, "--require")
         if problems:
             raise ConfigError(problems)
 
         import loratune
         from loratune.api.opened import parse_scales
 
-        if len(scales := parse_scales(scale)) > 1:
-            _check_table({"tasks": tasks, "against": against, "require": require, "worst": worst, "output": output})
-            loratune.Adapter(adapter, force=force, overrides=assignments).evaluate_scales(
-                data, scales, metrics=metrics or [], forgetting=forgetting, on_event=_Shown()
+        if len(parsed := parse_scales(scales)) > 1:
+            _check_table(
+                {
+                    "tasks": tasks,
+                    "against": against,
+                    "require": require,
+                    "worst": worst,
+                    "output": output,
+                    "abstain_for": abstain_for is not None,
+                }
+            )
+            loratune.Adapter(adapter, force=force, overrides=overrides).evaluate_scales(
+                rows, parsed, metrics=metrics or [], forgetting=forgetting, on_event=_Shown()
             )
             return
         names, required = tasks.split(",") if tasks is not None else [], require or []
-        inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
+        inputs = [Path(path) for path in (adapter, rows, against, forgetting) if path is not None]
         inputs += [Path(f"{glob.escape(name)}/**/*.y*ml" if Path(name).is_dir() else name) for name in names]
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        opened = loratune.Adapter(adapter, scale=scales[0], force=force, overrides=assignments)
-        if data is None:
+        opened = loratune.Adapter(adapter, scale=parsed[0], force=force, overrides=overrides)
+        if rows is None:
             opened.run_tasks(names, limit=limit, require=required, on_event=_Shown())
             return
         other = loratune.Adapter(against, force=force) if against is not None else None
         if file is not None:
             file = file.reading(*opened.opened.inputs(), *(other.opened.inputs() if other is not None else ()))
         opened.evaluate(
-            data, against=other, metrics=metrics or [], forgetting=forgetting, tasks=names, limit=limit,
-            require=required, allow_overlap=allow_overlap, whole_answers=file is not None,
-            keep_fields=bool(file is not None or worst), on_event=_Shown(file, worst),
+            rows, against=other, metrics=metrics or [], forgetting=forgetting, tasks=names, limit=limit,
+            abstain_for=abstain_for, require=required, allow_overlap=allow_overlap, whole_answers=file is not None,
+            few_shot=few_shot, base_prompt=base_prompt, keep_fields=bool(file is not None or worst),
+            on_event=_Shown(file, worst),
         )  # fmt: skip
 
 
@@ -152,7 +183,7 @@ def _check_table(options: Mapping[str, object]) -> None:
     """Raises ConfigError: one of these options is given, which a table of several scales has no room for."""
     if given := [name for name, value in options.items() if value]:
         what, fix = "does not work with several scales", "give one --adapter-scale"
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key=f"--{given[0]}", fix=fix))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key=given[0], fix=fix))
 
 
 class _Shown:
@@ -194,17 +225,13 @@ class _Shown:
 
 @app.command()
 def report(
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = None,
-    study: Annotated[
-        Path | None,
-        typer.Option("--study", metavar="DIR", help="The study directory of a sweep, instead of an adapter."),
-    ] = None,
+    adapter: AdapterPath,
     against: Against = None,
-    data: Annotated[
+    rows: Annotated[
         str | None,
         typer.Option("--data", metavar="FILE", help="Held-out rows to score; this loads the base."),
     ] = None,
-    scale: Annotated[
+    scales: Annotated[
         str | None,
         typer.Option("--adapter-scale", metavar="LIST", help="Scales to draw as curves, e.g. 0:1:0.1; with --data."),
     ] = None,
@@ -212,19 +239,15 @@ def report(
         Path | None, typer.Option("--output", metavar="FILE", help="The HTML file; by default ./ADAPTER-report.html.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    overrides: DataAssignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write an HTML page on an adapter and its run, or on a sweep. The file is self-contained."""
+    """Write an HTML page on an adapter, its run and its sweep. The file is self-contained."""
     with boundary(debug, memory_fix=_MEMORY_FIX):
-        check_paths(adapter=adapter, study=study, against=against, data=data, output=output)
-        if (adapter is None) == (study is None):
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
-        problems = [] if adapter else needs({"against": against, "data": data}, "--adapter")
-        problems += [] if data else needs({"set": assignments, "adapter-scale": scale}, "--data")
-        if problems:
+        check_paths(adapter=adapter, against=against, rows=rows, output=output)
+        if not rows and (problems := needs({"overrides": overrides, "scales": scales}, "--data")):
             raise ConfigError(problems)
         if find_spec("matplotlib") is None:
             raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "matplotlib", "draws the charts", "report"))
@@ -232,16 +255,12 @@ def report(
         import loratune
         from loratune.api.opened import parse_scales
 
-        if study is not None:
-            target = output or Path(f"{os.path.basename(os.path.realpath(study))}-report.html")
-            page = loratune.report_study(study, target, overwrite=overwrite)
-        else:
-            assert adapter is not None
-            target = output or Path(f"{os.path.basename(os.path.realpath(adapter))}-report.html")
-            forced = force or data is None  # the page lists what was edited
-            opened = loratune.Adapter(adapter, force=forced, overrides=assignments)
-            other = loratune.Adapter(against, force=forced) if against is not None else None
-            scales = parse_scales(scale) if scale else ()
-            page = opened.report(target, rows=data, against=other, scales=scales, overwrite=overwrite)
+        target = output or Path(f"{os.path.basename(os.path.realpath(adapter))}-report.html")
+        forced = force or rows is None  # the page lists what was edited
+        opened = loratune.Adapter(adapter, force=forced, overrides=overrides)
+        other = loratune.Adapter(against, force=forced) if against is not None else None
+        page = opened.report(
+            target, rows=rows, against=other, scales=parse_scales(scales) if scales else (), overwrite=overwrite
+        )
         if page.is_file() and not str(page).startswith(("/dev/", "/proc/")):
             show([str(target)], {"page": str(target)})

@@ -51,7 +51,7 @@ def export(
             help="A GGUF file of the base, for the verification; --merged copies its tokenizer.",
         ),
     ] = None,
-    data: Data = None,
+    rows: Data = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Export the weighted sum of adapters.")
     ] = None,
@@ -66,7 +66,7 @@ def export(
         typer.Option("--vllm-python", metavar="FILE", help="The Python of an environment with vLLM, for --verify."),
     ] = None,
     scale: AdapterScale = 1.0,
-    assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    overrides: DataAssignments = [],  # noqa: B006  typer copies it
     overwrite: Overwrite = False,
     as_json: Json = False,
     force: Force = False,
@@ -74,14 +74,13 @@ def export(
 ) -> None:
     """Export an adapter for vLLM, SGLang, llama.cpp, Ollama or PEFT. The export is verified."""
     with boundary(debug):
-        files = {"llama-cpp": llama_cpp, "base-gguf": base_gguf, "vllm-python": vllm_python}
-        check_paths(output=output, data=data, **files)
+        check_paths(output=output, rows=rows, llama_cpp=llama_cpp, base_gguf=base_gguf, vllm_python=vllm_python)
 
         import loratune
 
-        result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force, overrides=assignments).export(
+        result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force, overrides=overrides).export(
             to, output, merged=merged, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify,
-            vllm_python=vllm_python, rows=data, overwrite=overwrite,
+            vllm_python=vllm_python, rows=rows, overwrite=overwrite,
         )  # fmt: skip
 
         from loratune.cli import display
@@ -96,7 +95,7 @@ def merge(
     dtype: Annotated[
         MergedDtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")
     ] = None,
-    data: Data = None,
+    rows: Data = None,
     scale: AdapterScale = 1.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -105,12 +104,12 @@ def merge(
 ) -> None:
     """Merge an adapter into its base. The merged model is verified against the adapter and the base."""
     with boundary(debug, memory_fix="free memory, or merge on a larger machine"):
-        check_paths(adapter=adapter, output=output, data=data)
+        check_paths(adapter=adapter, output=output, rows=rows)
 
         import loratune
 
         result = loratune.Adapter(adapter, scale=scale, force=force).merge(
-            output, dtype=dtype, rows=data, overwrite=overwrite
+            output, dtype=dtype, rows=rows, overwrite=overwrite
         )
 
         from loratune.cli import display

@@ -9,6 +9,7 @@ import typer
 
 from loratune.cli.application import (
     STDOUT,
+    AdapterPath,
     Adapters,
     AdapterScale,
     DataAssignments,
@@ -30,9 +31,25 @@ from loratune.cli.boundary import boundary
 from loratune.codes import Code
 from loratune.console import log, raw_output
 from loratune.errors import ConfigError, DataError, Problem
+from loratune.system.output_file import Output
+from loratune.text import one_line
 
 if TYPE_CHECKING:
     from loratune.adapter.answering import Answer
+    from loratune.api.opened import OpenedAdapters
+
+
+InputRows = Annotated[
+    Path | None,
+    typer.Option("--input", metavar="FILE", help="A file of rows with prompts or messages; - is JSONL on stdin."),
+]
+OutputRows = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="FILE", help="Write rows to FILE: CSV if it ends in .csv, else JSONL; - is stdout."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")]
 
 
 @app.command()
@@ -51,16 +68,8 @@ def generate(
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Answer with the weighted sum of adapters.")
     ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--input", metavar="FILE", help="A file of rows with prompts or messages; - is JSONL on stdin."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", metavar="FILE", help="Write rows to FILE: CSV if it ends in .csv, else JSONL; - is stdout."
-        ),
-    ] = None,
+    rows: InputRows = None,
+    output: OutputRows = None,
     system: System = None,
     no_system: NoSystem = False,
     max_new_tokens: MaxNewTokens = 256,
@@ -75,39 +84,35 @@ def generate(
     stop: Annotated[
         list[str], typer.Option("--stop", metavar="TEXT", help="End the completion before this text; repeatable.")
     ] = [],  # noqa: B006
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
+    overwrite: Overwrite = False,
     base: Annotated[bool, typer.Option("--base", help="Also print the base model's answer.")] = False,
     scale: AdapterScale = 1.0,
-    assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    overrides: DataAssignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Complete prompts with one or several adapters of a base."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
-        check_paths(input=source, output=output)
-        if prompts and source:
+        check_paths(rows=rows, output=output)
+        if prompts and rows:
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
         if output is None and (problems := needs({"overwrite": overwrite}, "--output")):
             raise ConfigError(problems)
         given = system_message(system, none=no_system)
-        if as_json and output is None:
-            output = Path(STDOUT)
+        output = Path(STDOUT) if as_json and output is None else output
 
         import loratune
 
         sampling = loratune.Sampling(temperature, top_p, top_k, seed, tuple(stop))
         sampling.check()
-        named = loratune.Adapters(adapters, use=use, mix=mix, scale=scale, force=force, overrides=assignments)
-        inputs = (*named.paths.values(), *([source] if source and str(source) != STDOUT else []))
-        file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        if file is not None:
-            file = file.reading(*named.opened.inputs())
-        rows = _rows(prompts, source)
+        named = loratune.Adapters(adapters, use=use, mix=mix, scale=scale, force=force, overrides=overrides)
+        file = _file(output, [*named.paths.values()], rows, named.opened, overwrite=overwrite)
+        asked = _rows(prompts, rows)
         on_terminal = sys.stdout.isatty() and output is None
-        streams = on_terminal and not (base or stop or source) and len(prompts or [""]) == 1
+        streams = on_terminal and not (base or stop or rows) and len(prompts or [""]) == 1
         answers = named.answers(
-            rows, max_new_tokens=max_new_tokens, sampling=sampling, system=given, base=base, progress=not on_terminal,
+            asked, max_new_tokens=max_new_tokens, sampling=sampling, system=given, base=base, progress=not on_terminal,
             on_text=(lambda text: print(text, end="", flush=True)) if streams else None,
         )  # fmt: skip
         if output is not None:
@@ -116,6 +121,63 @@ def generate(
                 log(f"the answers are in {file.named}")
         else:
             _print_answers(answers, base=base, streamed=streams)
+
+
+@app.command()
+def classify(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts to label; by default one text, from stdin.")
+    ] = None,
+    adapter: AdapterPath = ...,  # type: ignore[assignment]
+    labels: Annotated[
+        str, typer.Option("--labels", metavar="A,B,...", help="The labels; by default those of the training rows.")
+    ] = "",
+    abstain_below: Annotated[
+        float,
+        typer.Option("--abstain-below", metavar="P", min=0, max=1, help="Leave labels empty that are less probable."),
+    ] = 0.0,
+    rows: InputRows = None,
+    output: OutputRows = None,
+    system: System = None,
+    no_system: NoSystem = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Label texts with an adapter that was trained on labels."""
+    with boundary(debug, memory_fix="free memory, or give fewer texts at once"):
+        check_paths(rows=rows, output=output, adapter=adapter)
+        if prompts and rows:
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give texts or --input, not both"))
+        if output is None and (problems := needs({"overwrite": overwrite}, "--output")):
+            raise ConfigError(problems)
+        given = system_message(system, none=no_system)
+        output = Path(STDOUT) if as_json and output is None else output
+
+        import loratune
+        from loratune.api.classify import classify_rows, labelled
+
+        opened = loratune.Adapter(adapter, force=force)
+        file = _file(output, [adapter], rows, opened.opened, overwrite=overwrite)
+        named = [one.strip() for one in labels.split(",")] if labels else []
+        found = classify_rows(opened, _rows(prompts, rows), labels=named, system=given)
+        if output is None:
+            for _, one in found:
+                print(f"{one.probability:6.1%}  {one_line(one.label) if one.probability >= abstain_below else '?'}")
+            return
+        write_rows((labelled(row, one, abstain_below) for row, one in found), file)
+        if file is not None:
+            log(f"the labels are in {file.named}")
+
+
+def _file(
+    output: Path | None, adapters: list[Path], rows: Path | None, opened: "OpenedAdapters", *, overwrite: bool
+) -> Output | None:
+    """The file that answers are written to, which is none that the command reads; None for stdout."""
+    inputs = (*adapters, *([rows] if rows and str(rows) != STDOUT else []))
+    file = rows_output(output, overwrite=overwrite, inputs=inputs)
+    return None if file is None else file.reading(*opened.inputs())
 
 
 def _rows(prompts: list[str] | None, source: Path | None) -> Any:
@@ -147,14 +209,10 @@ def _read_prompt() -> str:
 
 def _print_answers(answers: "Iterable[Answer]", *, base: bool, streamed: bool) -> None:
     """Print answers as soon as they are available. streamed: they were already printed, token by token."""
+    from loratune.cli import display
+
     for answer in answers:
         if base:
-            print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")
-            print(f"  {answer.adapter:<7}  {_one_line(answer.completion)}", flush=True)
+            print(*display.both_answers(answer), sep="\n", flush=True)
         elif not streamed:
             print(answer.completion, file=raw_output(), flush=True)
-
-
-def _one_line(text: str | None) -> str:
-    text = text or ""
-    return " ↵ ".join(line.strip() for line in text.strip().splitlines() if line.strip())

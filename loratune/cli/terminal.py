@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from loratune.cli.options import as_options
 from loratune.console import err, log, print_marked
 from loratune.events import (
     LIBRARIES,
@@ -41,28 +42,31 @@ _NO_REDIRECT: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": Fal
 class Terminal:
     """The listener of the command line."""
 
-    def __init__(self) -> None:
-        self._pieces: dict[int, _Piece] = {}
+    def __init__(self, verbose: bool = False) -> None:
+        """verbose: whether plans are shown with all reasons and counts."""
+        self._verbose, self._pieces = verbose, dict[int, _Piece]()
         self._training: _Training | None = None
+        self._is_training = False
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
             case NoteEvent():
-                log(event.text)
+                log(as_options(event.text))
             case PlanEvent():
-                _show_plan(event)
+                _show_plan(event, verbose=self._verbose)
             case ProgressEvent():
                 if err.is_interactive or event.what != LIBRARIES:
                     self._progress(event)
             case TrainingEvent(finished=False):
-                self._training = _Training(event)
+                self._training, self._is_training = _Training(event, self._verbose), True
             case TrainingEvent():
+                self._is_training = False
                 if self._training is not None:
                     self._training.stop()
             case StepEvent() | EvaluationEvent():
                 if self._training is None:  # a resumed run without remaining steps, which is only evaluated
-                    self._training = _Training(TrainingEvent(event.steps, event.step))
+                    self._training = _Training(TrainingEvent(event.steps, event.step), self._verbose)
                 self._training.show(event)
 
     def _progress(self, event: ProgressEvent) -> None:
@@ -76,10 +80,17 @@ class Terminal:
         else:
             for outer in self._pieces.values():
                 outer.has_inner = True
-            self._pieces[event.task] = _Piece(event.what, event.total, event.unit)
+            # Lines on the steps say how far training is; those on its evaluations would only come between them.
+            patience = _PAUSE if self._is_training and not err.is_interactive else PATIENCE
+            self._pieces[event.task] = _Piece(event.what, event.total, event.unit, patience)
 
 
-def _show_plan(event: PlanEvent) -> None:
+def _show_plan(event: PlanEvent, *, verbose: bool) -> None:
+    if event.plan is not None and not verbose:
+        from loratune.cli import display  # what it imports is loaded by now
+
+        log(*display.brief(event.plan, event.examples[0][1], event.seconds))
+        return
     for line in event.rows:
         log(line)
     for title, pieces in event.examples:
@@ -90,11 +101,12 @@ def _show_plan(event: PlanEvent) -> None:
 
 
 class _Piece:
-    """A task that is shown once it takes longer than `PATIENCE`: in a terminal as a transient bar, elsewhere as a line
-    every half minute, but not while a task within it is shown. A separate thread draws both."""
+    """A task that is shown once it takes longer than its patience in seconds: in a terminal as a transient bar,
+    elsewhere as a line every half minute, but not while a task within it is shown. A separate thread draws both."""
 
-    def __init__(self, what: str, total: int, unit: Unit) -> None:
+    def __init__(self, what: str, total: int, unit: Unit, patience: float) -> None:
         self.what, self.total, self.unit, self.done, self.has_inner = what, total, unit, 0, False
+        self._patience, self._is_named = patience, False
         self._start, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         with suppress(RuntimeError):  # the thread limit is reached
@@ -107,12 +119,12 @@ class _Piece:
             self._thread.join()
 
     def _show(self) -> None:
-        if self._ended.wait(PATIENCE):
+        if self._ended.wait(self._patience):
             return
         if not err.is_interactive:
             while True:
                 if not self.has_inner:
-                    log(f"{self.what}: {self._line()}")
+                    log(f"{self.what}{self._reached()}")
                 if self._ended.wait(_PAUSE):
                     return
         label = TextColumn(one_line(self.what), markup=False)
@@ -127,62 +139,81 @@ class _Piece:
         left = (TextColumn("left"), TimeRemainingColumn())
         match self.unit:
             case "bytes":
-                return BarColumn(), DownloadColumn(), TransferSpeedColumn(), *left
+                return BarColumn(finished_style="bar.complete"), DownloadColumn(), TransferSpeedColumn(), *left
             case "items":
-                return BarColumn(), MofNCompleteColumn(), *left
+                return BarColumn(finished_style="bar.complete"), MofNCompleteColumn(), *left
         return (TimeElapsedColumn(),)
 
-    def _line(self) -> str:
+    def _reached(self) -> str:
+        """How far it is; at first only where there is something to tell."""
+        is_first, self._is_named = not self._is_named, True
+        if is_first and not (self.unit and self.done):
+            return ""
         seconds = time.monotonic() - self._start
         match self.unit:
             case "bytes":
                 speed = f"{self.done / 1e6 / seconds:,.1f} MB/s"
-                return f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {speed}"
+                return f": {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {speed}"
             case "items":
-                line = f"{self.done:,} of {self.total:,}"
+                line = f": {self.done:,} of {self.total:,}"
                 left = seconds / max(1, self.done) * (self.total - self.done)
                 return f"{line}, left {format_duration(left)}" if self.done else line
-        return format_duration(seconds)
+        return f": {format_duration(seconds)} so far"
 
 
 class _Training:
-    """The steps of a run: a bar in a terminal, elsewhere a line for each report."""
+    """The steps of a run: a bar in a terminal, elsewhere a line every half minute and at the end, or with `verbose` for
+    each report."""
 
-    def __init__(self, event: TrainingEvent) -> None:
+    def __init__(self, event: TrainingEvent, verbose: bool) -> None:
         self.steps, self.first_step, self.done, self.tokens = event.steps, event.done, event.done, 0
+        self.verbose, self.learning_rate = verbose, 0.0
         self.loss: float | None = None
-        self.learning_rate = 0.0
+        self.reported, self.mean_of = event.done, 1
+        self.held_out: float | None = None
         self.start_time = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         self.first: _Piece | None = None
         if err.is_interactive:
             self.bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-                TextColumn("left"), TimeRemainingColumn(), console=err, **_NO_REDIRECT,
+                TextColumn("training"), BarColumn(finished_style="bar.complete"), MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"), TimeRemainingColumn(), TextColumn("left"), console=err,
+                **_NO_REDIRECT,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=self.steps, completed=self.done, state="")
             self.bar.start()
         else:
-            self.first = _Piece("taking the first step", 0, "")
+            self.first = _Piece("taking the first step", 0, "", PATIENCE)
 
     def show(self, event: StepEvent | EvaluationEvent) -> None:
         """Show a step or an evaluation."""
         self._end_first()
         if isinstance(event, EvaluationEvent):
-            metrics = _metrics(event.metrics)
-            if event.step:
-                log(f"step {event.step:>5}/{self.steps}  held-out loss {event.loss:.4f}{metrics}")
-            return
-        self.done, self.tokens = event.step, event.tokens
-        if event.loss is not None:
-            self.loss, self.learning_rate = event.loss, event.learning_rate or 0.0
+            self.held_out = event.loss
+            if event.step and self.verbose:
+                log(f"step {event.step:>5}/{self.steps}  held-out loss {event.loss:.4f}{_metrics(event.metrics)}")
+        else:
+            self.done, self.tokens = event.step, event.tokens
+            if event.loss is not None:
+                self.loss, self.learning_rate = event.loss, event.learning_rate or 0.0
+                self.reported, self.mean_of = event.step, event.step - self.reported
         if self.bar:
             self.bar.update(self.task, completed=self.done, state=self._state())
-        elif event.loss is not None or time.monotonic() > self.last_line + _PAUSE:
+        elif isinstance(event, StepEvent) and self.verbose:
+            self._report(event)
+        elif time.monotonic() > self.last_line + _PAUSE or self.done == self.steps:
             self.last_line = time.monotonic()
-            # Between reports, a line has no loss: the last one is that of an earlier step.
-            state = self._speed() if event.loss is None else self._state() + _metrics(event.metrics)
-            log(f"step {event.step:>5}/{self.steps}  {state}  left {self._remaining()}")
+            log(f"training: step {self.done:,} of {self.steps:,}  {self._state()}  {self._remaining()} left")
+
+    def _report(self, event: StepEvent) -> None:
+        """Log each report, and between reports a line every half minute. Such a line has no loss: the last one is that
+        of an earlier step."""
+        if event.loss is not None or time.monotonic() > self.last_line + _PAUSE:
+            self.last_line = time.monotonic()
+            speed = f"{self.tokens / max(time.monotonic() - self.start_time, 1e-9):,.0f} tokens/s"
+            loss = f"loss {event.loss:.4f}  lr {self.learning_rate:.2e}  " if event.loss is not None else ""
+            metrics = _metrics(event.metrics) if event.loss is not None else ""
+            log(f"step {event.step:>5}/{self.steps}  {loss}{speed}{metrics}  left {self._remaining()}")
 
     def stop(self) -> None:
         """End the bar, if there is one."""
@@ -197,11 +228,10 @@ class _Training:
             self.first = None
 
     def _state(self) -> str:
-        loss = "" if self.loss is None else f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
-        return loss + self._speed()
-
-    def _speed(self) -> str:
-        return f"{self.tokens / max(time.monotonic() - self.start_time, 1e-9):,.0f} tokens/s"
+        """The loss of the last report, which is a mean over the steps before it, and the last one on held-out rows."""
+        mean = f" (mean of {self.mean_of})" if self.mean_of > 1 else ""
+        loss = [f"loss {self.loss:.3g}{mean}"] if self.loss is not None else []
+        return "  ".join(loss + ([f"held out {self.held_out:.3g}"] if self.held_out is not None else []))
 
     def _remaining(self) -> str:
         elapsed = time.monotonic() - self.start_time

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune.cli.application import MAX_COUNT, Assignments, ConfigFile, Debug, Json, app, needs, program, show
+from loratune.cli.application import MAX_COUNT, Assignments, ConfigFile, Debug, Json, Verbose, app, needs, program, show
 from loratune.cli.boundary import boundary, stop_error, unread_output
 from loratune.cli.loss_plot import loss_plot
+from loratune.cli.options import as_options
 from loratune.codes import Code
 from loratune.console import as_json, log, print_lines, print_marked
 from loratune.errors import ConfigError, Problem
@@ -28,7 +29,7 @@ _MEMORY_FIX = "free memory, or load the base in fewer bits with --set model.quan
 @app.command()
 def train(
     config_file: ConfigFile,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    overrides: Assignments = [],  # noqa: B006  typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     changes: Annotated[
         list[str],
@@ -45,30 +46,31 @@ def train(
     rows: Annotated[
         int, typer.Option("--rows", min=1, max=MAX_COUNT, metavar="N", help="With --dry-run: show N rendered rows.")
     ] = 1,
+    verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter from CONFIG, and write it to its output_dir."""
-    with boundary(debug, _join, memory_fix=_MEMORY_FIX) as group:
+    with boundary(debug, _join, memory_fix=_MEMORY_FIX, verbose=verbose) as group:
         _check_options(resume=resume, overwrite=overwrite, changes=changes)
         if not dry_run and (problems := needs({"rows": rows > 1}, "--dry-run")):
             raise ConfigError(problems)
 
         import loratune
 
-        run: Any = loratune.load_config(config_file, assignments) if group.main else None  # the others receive it
+        run: Any = loratune.load_config(config_file, overrides) if group.main else None  # the others receive it
         allowed = changes if resume else False
         if dry_run:
             plan = loratune.plan(run, resume=allowed, overwrite=overwrite, config_file=config_file, group=group)
             if group.main:
-                _print_plan(plan, rows)
+                _print_plan(plan, rows, verbose=verbose)
             return
         terminal = listener()
 
         def listen(event: Event) -> None:
             terminal(event)
             if isinstance(event, FinishedEvent):
-                _show_adapter(event)
+                _show_adapter(event, with_plot=verbose)
 
         try:
             loratune.train(
@@ -81,7 +83,7 @@ def train(
                 fix = ""
             elif isinstance(stop, StopSignal) and stop.is_resumable:
                 processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
-                fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
+                fix = f"{processes}continue with: {_resume_command(config_file, overrides, changes)}"
             raise stop_error(stop, fix) from None
 
 
@@ -90,7 +92,7 @@ def _check_options(*, resume: bool, overwrite: bool, changes: list[str]) -> None
     if resume and overwrite:
         what = "--resume and --overwrite contradict each other"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
-    if not resume and (problems := needs({"allow-change": changes}, "--resume")):
+    if not resume and (problems := needs({"changes": changes}, "--resume")):
         raise ConfigError(problems)
 
 
@@ -106,16 +108,16 @@ def _join() -> Group:
         return join_processes()
 
 
-def _print_plan(plan: "Plan", rows: int) -> None:
+def _print_plan(plan: "Plan", rows: int, *, verbose: bool) -> None:
     """Print the plan for `train --dry-run`, with this many training rows."""
     from loratune.cli import display
 
     if as_json.get():
         show([], display.plan_values(plan, rows))
         return
-    before, behind = display.plan(plan)
+    before, behind = display.plan(plan) if verbose else ([*display.brief(plan, None)], [])
     print_lines(before)
-    log(*plan.all_notes())
+    log(*plan.all_notes() if verbose else ())
     train = plan.datasets.train
     for number in range(min(rows * train.rows_per_example, len(train.rows))):
         print(f"{one_line(train.rows.row(number).where)}{plan.side_name(number)}, supervised text marked")
@@ -126,14 +128,14 @@ def _print_plan(plan: "Plan", rows: int) -> None:
     print_lines(behind)
 
 
-def _show_adapter(event: FinishedEvent) -> None:
-    """Print the results of a run, and its loss curve."""
+def _show_adapter(event: FinishedEvent, *, with_plot: bool) -> None:
+    """Print the results of a run. with_plot: its loss curve as well."""
     import loratune
     from loratune.cli import display
 
     result = event.result
     assert isinstance(result, loratune.PublishedAdapter)
-    plot = loss_plot(result.trained.curve, sys.stdout.encoding or "ascii")
+    plot = loss_plot(result.trained.curve, sys.stdout.encoding or "ascii") if with_plot else []
     show([*display.trained(result, program()), *plot], result.to_dict())
 
 
@@ -153,10 +155,18 @@ def sweep(
         typer.Option(
             "--grid",
             metavar="KEY=VALUE,...",
-            help="Values to try, or a range LOW..HIGH to sample; required, repeatable.",
+            help="Values to try, or a range LOW..HIGH to sample; repeatable.",
         ),
     ] = [],  # noqa: B006  typer copies it
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            "--rows",
+            metavar="PART,...",
+            help="Instead of --grid, whether more rows would help: parts of the training rows, such as 1/4,1/2,1.",
+        ),
+    ] = None,
+    overrides: Assignments = [],  # noqa: B006  typer copies it
     trials: Annotated[
         int | None, typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="Run at most N trials.")
     ] = None,
@@ -168,9 +178,6 @@ def sweep(
             help="Time limit: trials that would exceed it are not started; 30m, 1h, 90 (minutes).",
         ),
     ] = None,
-    halving: Annotated[
-        bool, typer.Option("--halving", help="Stop trials early if they are worse than others at the same step.")
-    ] = False,
     storage: Annotated[
         str | None,
         typer.Option("--storage", metavar="URL", help="A database for the study, to share it between machines."),
@@ -188,13 +195,19 @@ def sweep(
         import loratune
 
         swept = loratune.sweep(
-            config_file, grid, overrides=assignments, budget=budget, trials=trials, halving=halving, storage=storage,
+            config_file,
+            grid,
+            rows=rows,
+            overrides=overrides,
+            budget=budget,
+            trials=trials,
+            storage=storage,
             overwrite=overwrite,
-        )  # fmt: skip
+        )
 
         from loratune.cli import display
 
-        values = swept.results.to_dict() | {"notes": [*swept.results.remarks(), *swept.notes]}
+        values = swept.results.to_dict() | {"notes": [*map(as_options, (*swept.results.remarks(), *swept.notes))]}
         if swept.stop is None:
             show(display.study(swept, program()), values)
             return

@@ -1,6 +1,6 @@
 """Scores models on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
 
-The loss and the rewards of preferences are those of the objective that the adapter was trained with, if it fits the
+The loss and the rewards of preferences are computed by the objective that the adapter was trained with, if it fits the
 rows; the reference is the base. All models are scored with this objective, even adapters trained with another one.
 """
 
@@ -10,28 +10,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
+from loratune.compare.classification import Classification
 from loratune.compare.engine import Engine
-from loratune.compare.metrics import EXACT_MATCH, LABEL_ACCURACY, OPTION, ExpectedTextError, Metric, sides
+from loratune.compare.labels import Labels, probabilities
+from loratune.compare.metrics import (
+    ACCURACY,
+    BRIER,
+    EXACT_MATCH,
+    LABEL_ACCURACY,
+    LOG_LOSS,
+    OPTION,
+    TOOL_CALL,
+    ExpectedTextError,
+    Metric,
+    Values,
+    sides,
+)
 from loratune.compare.objectives import Formula, PreferenceMetrics
 from loratune.compare.preferences import ComparedRows, PreferenceObjective, PreferenceScores
+from loratune.compare.prompted import BasePrompts
+from loratune.compare.tool_calls import Call, CallForm, InvalidCallError, call_error, call_scores
+from loratune.compare.verdict import label_of
 from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
-from loratune.data.holding_out import MAX_LABELS
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.sources.rows import with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting
 from loratune.model import load
 from loratune.statistics import finite
+from loratune.text import plural
 
+_OF_LABELS = (ACCURACY, LOG_LOSS, BRIER)
 _BATCH = 32
 """Prompts of a generation batch."""
 _TIMES, _MORE = 2, 32
 """The token limit of a whole answer is `_TIMES` the expected tokens plus `_MORE`."""
-_ROWS_PER_LABEL = 4
-"""Expected answers count as labels if each occurs in this many rows on average, and there are at most `MAX_LABELS`."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +60,15 @@ class ModelAnswer:
         loss: The loss, summed over the supervised tokens of the row; for preferences, the loss of the pair or answer.
         text: The greedy answer, without the end token; None if the row has no prompt, or is a preference.
         scores: Metric → the score of the row; empty for rows with one answer that have no prompt.
+        probabilities: (labels,) of each label among all, if answers are labels.
+        wrong_arguments: The names of arguments that differ, if only arguments of its calls do.
     """
 
     loss: float
     text: str | None
     scores: Mapping[str, float]
+    probabilities: Values | None = None
+    wrong_arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,7 @@ class ComparedRow:
     """One distinct row, or pair of answers, and the results of each model on it.
 
     Attributes:
-        number: Its number among the rows that were not dropped, from 0; for copies, that of the first.
+        number: Its number among the rows that were not dropped, from 0; for copies, the number of the first one.
         where: Its place in its file.
         copies: The number of copies, including the row itself.
         prompt: The rendered prompt as text; None if the row has none.
@@ -74,6 +96,7 @@ class ComparedRow:
         fields: The row's own fields as plain values; empty unless requested.
         weight: How often the row counts in means, if rows have weights; None: as often as it has copies.
         items: The numbers of the items that the row is: of its blocks, if it was split.
+        calls: The calls of the expected answer, if calls are compared.
     """
 
     number: int
@@ -88,6 +111,7 @@ class ComparedRow:
     fields: Mapping[str, Any] = field(default_factory=dict)
     weight: float | None = None
     items: range = range(0)
+    calls: Sequence[Call] = ()
 
     @property
     def times(self) -> float:
@@ -110,7 +134,7 @@ class ComparedRow:
         return 1 if self.compared else self.tokens
 
     def worsening(self, model: str, compared_with: str) -> float:
-        """The loss of a model minus that of another one on the row, per token, pair or answer."""
+        """The loss of a model minus the loss of another one on the row, per token, pair or answer."""
         return (self.answers[model].loss - self.answers[compared_with].loss) / self.count
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +148,7 @@ class ComparedRow:
         for name, answer in self.answers.items():
             scores = finite({"loss": answer.loss / self.count, **answer.scores})
             values[name] = ({} if self.compared else {"answer": answer.text}) | scores
+            values[name] |= {"wrong_arguments": [*answer.wrong_arguments]} if answer.wrong_arguments else {}
         return with_own_fields(self.fields, values)
 
 
@@ -136,22 +161,29 @@ class Judging:
             tokens as the expected answer has.
         for_readers: Whether the answers will be read, so that they may be longer than the expected ones. Other metrics
             also allow longer answers.
+        base_prompts: How the base is told the task, to compare with its answers too.
     """
 
     metrics: Sequence[Metric] = ()
     for_readers: bool = False
+    base_prompts: BasePrompts = BasePrompts()  # noqa: RUF009  it is frozen
 
     def limit(self, row: TokenizedRow, context_length: int | None) -> int:
         """The maximum number of tokens of the answer to a row."""
         expected = len(row.completion)
-        if not self.for_readers and not any(metric.scores for metric in self.metrics):
+        if not self.for_readers and all(metric.name in (EXACT_MATCH, LABEL_ACCURACY) for metric in self.metrics):
             return expected
         longest = _TIMES * expected + _MORE
         room = context_length - len(row.prompt) if context_length is not None else longest
         return max(expected, min(longest, room))
 
+    @property
+    def compares_calls(self) -> bool:
+        """Whether the calls of answers are compared."""
+        return any(metric.name == TOOL_CALL for metric in self.metrics)
+
     def scores(self, expected: str, answer: str) -> dict[str, float]:
-        """Metric → score of an answer. Raises as `Metric.scores`."""
+        """Metric → score of an answer, without those of its calls. Raises as `Metric.scores`."""
         return {
             name: one
             for metric in self.metrics
@@ -167,33 +199,112 @@ class RowAnswers:
         rows: The distinct rows, without results of models.
     """
 
-    def __init__(self, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging):
-        """Raises as `check_expected` does. loaded: the adapter that the rows were rendered for."""
-        self.rows = distinct_rows(loaded, dataset)
-        self._dataset, self._judging = dataset, judging
-        check_expected(self.rows, judging)
+    def __init__(
+        self, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging, labels: Labels | None = None
+    ):
+        """Raises as `check_expected` and `_call_form` do.
 
-    def answers(self, name: str, model: LoadedAdapter, engine: Engine) -> list[ModelAnswer]:
+        Args:
+            loaded: The adapter that the rows were rendered for.
+            dataset: The rows.
+            judging: How their answers are judged.
+            labels: The labels that the adapter was trained on; by default those of the rows, if they are labels.
+        """
+        self.rows = distinct_rows(loaded, dataset)
+        self._dataset, self._judging, self.base_prompts = dataset, judging, judging.base_prompts
+        check_expected(self.rows, judging)
+        self._form = _call_form(loaded) if judging.compares_calls else None
+        if self._form is not None:
+            self.rows = self._with_calls(loaded, self._form)
+        items = [dataset.rows.row(row.items[0]) for row in self.rows if row.expected is not None]
+        texts = [row.expected or "" for row in self.rows if row.expected is not None]
+        own = [(text, row.completion) for text, row in zip(texts, items, strict=True)]
+        self.labels = labels or Labels.of(own)
+        if self.labels is not None and (len(texts) < len(self.rows) or not self.labels.are_those_of(own)):
+            self.labels = None
+        self.expected = [*map(self.labels.number, texts)] if self.labels is not None else []
+        self.prompts = [row.prompt for row in items]
+
+    def answers(self, name: str, model: LoadedAdapter, engine: Engine, temperature: float = 1.0) -> list[ModelAnswer]:
         """The results of a model on each row.
 
         Args:
             name: The name of the model; `BASE` must come first.
             model: The adapter; while it is disabled, the base.
             engine: Computes the losses.
+            temperature: That of the probabilities of its labels.
         """
         model.activate()
         nats = engine.losses(self._dataset, items_of(self.rows)).nats.tolist()
         found = self._answered(name, model) if any(row.prompt is not None for row in self.rows) else {}
+        none = ModelAnswer(math.nan, None, {})
+        answers = [
+            replace(found.get(row.items[0], none), loss=total) for row, total in zip(self.rows, nats, strict=True)
+        ]
+        if self.labels is None:
+            return answers
+        chosen = self.chosen(engine, self.prompts, temperature)
         return [
-            ModelAnswer(total, *found.get(row.items[0], (None, {}))) for row, total in zip(self.rows, nats, strict=True)
+            replace(own, scores={**own.scores, **scores}, probabilities=of_labels)
+            for own, (scores, of_labels) in zip(answers, chosen, strict=True)
         ]
 
-    def _answered(self, name: str, model: LoadedAdapter) -> dict[int, tuple[str, dict[str, float]]]:
-        """Item of a row with a prompt → the answer and its scores."""
+    def chosen(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> Iterator[tuple[dict[str, float], Values]]:
+        """For a prompt of each row, the scores of choosing the most probable label, and the probabilities of all."""
+        assert self.labels is not None
+        found = probabilities(self.labels.score(engine, prompts), temperature)
+        known = Classification(self.labels.texts, np.array(self.expected), found, np.ones(len(found)), [])
+        for right, loss, brier, own in zip(known.right, known.log_losses, known.briers, found, strict=True):
+            yield {ACCURACY: float(right), LOG_LOSS: float(loss), BRIER: float(brier)}, own
+
+    def as_baseline(self, answers: Sequence[ModelAnswer]) -> list[ModelAnswer]:
+        """The labels that a model has chosen, as the answers of a baseline. answers: its results, with labels."""
+        assert self.labels is not None
+        return [self._choice({name: one.scores[name] for name in _OF_LABELS}, one.probabilities) for one in answers]
+
+    def _choice(self, scores: Mapping[str, float], of_labels: Values | None) -> ModelAnswer:
+        """A label that was chosen, as if it had been written: it has its end."""
+        assert self.labels is not None and of_labels is not None
+        written = {EXACT_MATCH: scores[ACCURACY], LABEL_ACCURACY: scores[ACCURACY]}
+        return ModelAnswer(math.nan, self.labels.texts[int(of_labels.argmax())], {**written, **scores}, of_labels)
+
+    def to_prompts(self, engine: Engine, model: LoadedAdapter, prompts: Sequence[Sequence[int]]) -> list[ModelAnswer]:
+        """The answers of the base to a prompt of each row, as those of a baseline: labels that are chosen, or what is
+        written. Its loss is NaN."""
+        if self.labels is not None:
+            return [self._choice(scores, own) for scores, own in self.chosen(engine, prompts)]
+        found: list[ModelAnswer] = []
+        with counting("scoring the prompted base", len(prompts)) as advance:
+            for row, ids in zip(self.rows, prompts, strict=True):
+                expected = self._dataset.rows.row(row.items[0]).completion
+                (answer,) = model.complete([ids], len(expected))
+                found.append(self._judged(model, row, expected, answer, len(expected)))
+                advance(1)
+        return found
+
+    def _with_calls(self, loaded: LoadedAdapter, form: CallForm) -> list[ComparedRow]:
+        """The rows with the calls that they expect. Raises DataError: some cannot be read."""
+        rows, invalid = list[ComparedRow](), list[str]()
+        for row in self.rows:
+            completion = self._dataset.rows.row(row.items[0]).completion
+            try:
+                calls = form.parse(_whole_text(loaded, completion)) if row.expected is not None else ()
+                rows.append(replace(row, calls=calls))
+            except InvalidCallError:
+                invalid.append(row.where)
+        if invalid:
+            what = f"the calls of {plural(len(invalid), 'expected answer')} cannot be read"
+            raise DataError(Problem(Code.DATA_FIELD, what, invalid[0], OPTION, "correct the rows, or leave it out"))
+        return rows
+
+    def _answered(self, name: str, model: LoadedAdapter) -> dict[int, ModelAnswer]:
+        """Item of a row with a prompt → the answer and its scores, without its loss."""
         context = load.context_length(model.model.config)
         expected = {row.items[0]: row for row in self.rows if row.expected is not None}
         limits = {number: self._judging.limit(self._dataset.rows.row(number), context) for number in expected}
-        found: dict[int, tuple[str, dict[str, float]]] = {}
+        found: dict[int, ModelAnswer] = {}
         with counting(f"scoring {name}", len(expected)) as advance:
             for batch in _batches(self._dataset, limits, context):
                 asked = [self._dataset.rows.row(number) for number in batch]
@@ -205,8 +316,9 @@ class RowAnswers:
 
     def _judged(
         self, model: LoadedAdapter, row: ComparedRow, completion: Sequence[int], ids: list[int], limit: int
-    ) -> tuple[str, dict[str, float]]:
-        """An answer as text, and its scores. completion: the expected ids. ids: the answer, possibly beyond limit."""
+    ) -> ModelAnswer:
+        """An answer and its scores, its loss being NaN. completion: the expected ids. ids: the answer, possibly beyond
+        limit."""
         right, text, beginning = row.expected or "", model.text(ids[:limit]), ids[: len(completion)]
         is_exact = tuple(beginning) == tuple(completion)
         is_label = model.text(beginning).startswith(right) if right else is_exact  # "" starts every text
@@ -214,7 +326,16 @@ class RowAnswers:
             scores = self._judging.scores(right, text)
         except BadPatternError as error:
             raise _too_slow(error, row.where) from None
-        return text, {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)} | scores
+        scores = {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)} | scores
+        if self._form is None:
+            return ModelAnswer(math.nan, text, scores)
+        try:
+            calls: Sequence[Call] | None = self._form.parse(_whole_text(model, ids[:limit]))
+        except InvalidCallError:
+            calls = None
+        what, wrong = call_error(row.calls, calls)
+        scores |= call_scores(what, is_expected=bool(row.calls))
+        return ModelAnswer(math.nan, text, scores, wrong_arguments=wrong)
 
 
 class PreferenceAnswers:
@@ -257,16 +378,43 @@ def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[Mode
     for row in rows:
         if row.expected is not None:
             copies[row.expected] += row.copies
-    if not copies or len(copies) > MAX_LABELS or copies.total() < _ROWS_PER_LABEL * len(copies):
+    if (text := label_of(copies)) is None:
         return []
-    ((text, _),) = copies.most_common(1)
+    chooses = any(ACCURACY in one.scores for row in rows for one in row.answers.values())  # also among labels
 
     def answer(expected: str) -> ModelAnswer:
         is_label = text.startswith(expected) if expected else not text
-        scores = {EXACT_MATCH: float(text == expected), LABEL_ACCURACY: float(is_label)}
+        is_right = float(text == expected)
+        scores = {EXACT_MATCH: is_right, LABEL_ACCURACY: float(is_label)} | ({ACCURACY: is_right} if chooses else {})
         return ModelAnswer(math.nan, text, scores | judging.scores(expected, text))
 
-    return [ModelAnswer(math.nan, None, {}) if row.expected is None else answer(row.expected) for row in rows]
+    found = [ModelAnswer(math.nan, None, {}) if row.expected is None else answer(row.expected) for row in rows]
+    if not judging.compares_calls:
+        return found
+    calls = next(row.calls for row in rows if row.expected == text)
+    return [
+        one if row.expected is None else replace(one, scores={
+            **one.scores, **call_scores(call_error(row.calls, calls)[0], is_expected=bool(row.calls)),
+        })
+        for row, one in zip(rows, found, strict=True)
+    ]  # fmt: skip
+
+
+def _call_form(loaded: LoadedAdapter) -> CallForm:
+    """How the answers of an adapter have calls. Raises ConfigError: they have none, or in a form that is not known."""
+    if loaded.chat and (form := CallForm.of(loaded.renderer.template())) is not None:
+        return form
+    what = "the chat template writes no tool calls, or in a form that is not known"
+    what = what if loaded.chat else "the adapter was trained on text without a chat template, which has no tool calls"
+    fix = "leave `tool_call` out; `json` and `regex:PATTERN` compare text"
+    raise ConfigError(Problem(Code.USAGE_CONFLICT, what, loaded.where, OPTION, fix))
+
+
+def _whole_text(loaded: LoadedAdapter, ids: Sequence[int]) -> str:
+    """An answer with its special tokens, without the end of sequence."""
+    has_end = bool(ids) and ids[-1] == loaded.renderer.eos
+    text: str = loaded.tokenizer.decode(ids[:-1] if has_end else ids)
+    return text
 
 
 def items_of(rows: Sequence[ComparedRow]) -> dict[int, float]:
@@ -320,14 +468,13 @@ def check_expected(rows: Sequence[ComparedRow], judging: Judging) -> None:
             places.setdefault(str(error), []).append(where)
         except BadPatternError as error:
             raise _too_slow(error, where) from None
-    if places:
-        raise DataError([_bad_texts(what, *wrong, total=len(texts)) for what, wrong in places.items()])
-
-
-def _bad_texts(what: str, first: str, *others: str, total: int) -> Problem:
-    """One problem for all rows whose expected texts a metric rejects for the same reason: the first row and a count."""
-    more = f", as in {len(others):,} more of {total:,} rows" if others else ""
-    return Problem(Code.DATA_FIELD, f"{what}{more}", first, OPTION, "correct the rows, or leave this metric out")
+    problems = []
+    for what, (first, *others) in places.items():
+        more = f", as in {len(others):,} more of {len(texts):,} rows" if others else ""
+        fix = "correct the rows, or leave this metric out"
+        problems.append(Problem(Code.DATA_FIELD, f"{what}{more}", first, OPTION, fix))
+    if problems:
+        raise DataError(problems)
 
 
 def _too_slow(error: BadPatternError, where: str) -> ConfigError:

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 from loratune import kernels
 from loratune.compare.engine import Copies, Engine
 from loratune.compare.metrics import RowLosses
-from loratune.data import TokenizedDataset, token_cache
+from loratune.data import TokenizedDataset
+from loratune.data.token_cache import ROWS
 from loratune.kernels.upstream import attn_implementation
 from loratune.system import accelerator, environment, release
-from loratune.system.kept_results import source_digest
+from loratune.system.cache import EntryKind, source_digest
 from loratune.system.launcher import SINGLE_PROCESS, Group
 
 COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
 """The packages that affect computations. Others only read data, which has fingerprints."""
+
+NUMBERS = EntryKind(ROWS.place, ".values", days=30, most=10_000)
+"""Numbers of a base, as many as it has rows or tokens, and thus beside tokenized rows in the cache."""
 
 Numbers = NDArray[np.float64]
 Base = Callable[[], AbstractContextManager[None]]
@@ -111,10 +115,10 @@ def kept(about: Any, compute: Callable[[], Numbers], group: Group = SINGLE_PROCE
         group: The processes, of which the main one reads and writes.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    known = token_cache.load_values(key) if group.main else None
-    if (values := group.broadcast(None if known is None else known.tolist())) is not None:
+    known = NUMBERS.read(key) if group.main else None
+    if (values := group.broadcast(None if known is None else np.frombuffer(known, np.float64).tolist())) is not None:
         return np.array(values, np.float64)
     found = compute()
     if group.main and np.isfinite(found).all():
-        token_cache.store_values(key, found)
+        NUMBERS.write(key, found.tobytes())
     return found

@@ -5,10 +5,11 @@ base and adapter are compared: their Kullback-Leibler divergence, over the whole
 choose the same token. An adapter that has learned a task and nothing else has a divergence near 0 here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from loratune.codes import Code
 from loratune.compare.base_results import Base, BaseResults, Numbers
 from loratune.compare.engine import Engine, ScoringLayout
 from loratune.data.rendering import Renderer
-from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
+from loratune.errors import DataError, LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import Advance, counting, progress
 from loratune.model.load import context_length
 from loratune.statistics import Interval, finite, mean_ratio_interval, median_interval, positive_ratio_interval
@@ -39,7 +40,7 @@ SHOWN = 6
 _WRITTEN_AT_ONCE = 24
 """The number of texts that are written in one batch."""
 _BATCH_TOKENS = 128
-"""Tokens per batch; the logits of its answers are in memory at once, those of base and adapter."""
+"""Tokens per batch; the logits of base and adapter for its answers are in memory at once."""
 _WORTH_TELLING = 0.8
 """An agreement that is significantly below this share is reported."""
 
@@ -114,14 +115,9 @@ class Behavior:
         )
 
     @property
-    def remark(self) -> str:
-        """A line on a low agreement; else empty."""
-        if self.agreement_interval is None or self.agreement_interval.high >= _WORTH_TELLING:
-            return ""
-        return (
-            f"the model no longer answers as its base elsewhere: the same next token for {self.agreement:.0%} of its "
-            "base's answers; where that matters, raise retention.kl_weight, or lower training.learning_rate"
-        )
+    def has_suffered(self) -> bool:
+        """Whether the model does not answer as its base any more, for sure."""
+        return self.agreement_interval is not None and self.agreement_interval.high < _WORTH_TELLING
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -135,25 +131,26 @@ class Behavior:
         return values | {"samples": [vars(sample) for sample in self.samples]}
 
 
-def measure(base: BaseResults, renderer: Renderer) -> Behavior:
-    """Compare the active adapter of a model with its base on the base's answers. renderer: renders the instructions.
-
-    Raises:
-        DataError, ModelError: As `prompts`; the base answers nothing.
-    """
-    instructions, given = prompts(renderer, context_length(base.engine.model.config))
-    with progress("comparing the adapter with its base on everyday instructions"):
-        answers = base_answers(base, given, renderer.end_ids)
-        texts = [(ids, new) for ids, new in zip(given, answers, strict=True) if not {*new} <= {*renderer.end_ids}]
-        if not texts:
-            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, "the base answers nothing but its end token"))
-        found = compare_tokens(base.engine.model, base.engine, base.alone, texts)
-        own = _answers(base.engine, given[:SHOWN], renderer.end_ids)
+def compare_on_base_answers(base: BaseResults, renderer: Renderer) -> Behavior:
+    """Compare the active adapter of a model with its base on the base's answers; `Behavior.unknown` says why they
+    cannot be compared. renderer: renders the instructions."""
+    try:
+        instructions, given = prompts(renderer, context_length(base.engine.model.config))
+        with progress("comparing the adapter with its base on everyday instructions"):
+            answers = base_answers(base, given, renderer.end_ids)
+            texts = [(ids, new) for ids, new in zip(given, answers, strict=True) if not {*new} <= {*renderer.end_ids}]
+            if not texts:
+                return Behavior(unknown="the base answers nothing but its end token")
+            found = compare_tokens(base.engine.model, base.engine, base.alone, texts)
+            own = _answers(base.engine, given[:SHOWN], renderer.end_ids)
+    except (DataError, ModelError) as error:
+        return Behavior(unknown=error.problems[0].what)
     pairs = zip(instructions[:SHOWN], answers, own, strict=False)
-    return Behavior.of(*found, [Sample(text, *(_text(renderer, ids) for ids in both)) for text, *both in pairs])
+    return Behavior.of(*found, [Sample(text, *(text_of(renderer, ids) for ids in both)) for text, *both in pairs])
 
 
-def _text(renderer: Renderer, ids: Ids) -> str:
+def text_of(renderer: Renderer, ids: Ids) -> str:
+    """The text of an answer, without special tokens."""
     text: str = renderer.tokenizer.decode([*ids], skip_special_tokens=True)
     return text.strip()
 
@@ -174,8 +171,11 @@ def base_answers(base: BaseResults, given: Sequence[Ids], end_ids: Sequence[int]
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
-def prompts(renderer: Renderer, context: int | None) -> tuple[list[str], list[Ids]]:
-    """The instructions and their ids: as a user's turn of the chat template, or as text if there is none.
+def prompts(
+    renderer: Renderer, context: int | None, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[list[str], list[Ids]]:
+    """The instructions and their ids: as a user's turn of the chat template, or as text if there is none. arguments: of
+    the template, beside those of the renderer.
 
     Raises:
         DataError: The chat template refuses them.
@@ -183,7 +183,8 @@ def prompts(renderer: Renderer, context: int | None) -> tuple[list[str], list[Id
     """
     texts, found = list[str](), list[Ids]()
     for text in INSTRUCTIONS.read_text(encoding="utf-8").splitlines():
-        ids = renderer.prompt([{"role": "user", "content": text}] if renderer.tokenizer.chat_template else f"{text}\n")
+        asked = [{"role": "user", "content": text}] if renderer.tokenizer.chat_template else f"{text}\n"
+        ids = renderer.prompt(asked, arguments=arguments)
         if context is None or len(ids) + ANSWER_TOKENS <= context:
             texts.append(text)
             found.append(ids)
@@ -227,7 +228,7 @@ def compare_tokens(
     values = np.zeros((len(texts), 2))
     was_training = model.training
     model.eval()
-    with counting("comparing predictions, in answers", len(texts)) as advance:
+    with counting("comparing everyday answers with those of the base", len(texts)) as advance:
         for numbers, batch, at in batches(engine, texts):
             with engine.acceleration.applied(model):
                 ours = kernels.logits_at(model, batch, at).float().log_softmax(-1)
@@ -270,7 +271,7 @@ def write(
     limits, was_training = kernels.length_limits(model.config), model.training
     one_by_one = any(kernels.crosses(limits, len(ids), max_new_tokens) for ids in given)
     each = _WRITTEN_AT_ONCE if engine.writes_padded and not one_by_one else 1
-    writing = counting("writing, in tokens of each text", -(-len(given) // each) * max_new_tokens)
+    writing = counting("writing answers", -(-len(given) // each) * max_new_tokens)
     model.eval()
     try:
         with writing as advance, accelerator.same_random_numbers(model.device), torch.no_grad():

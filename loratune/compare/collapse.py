@@ -1,7 +1,10 @@
 """Detects collapse: with a far too high learning rate, predictions may no longer depend on the prompt.
 
-Such an adapter predicts the same next token after every prompt. Its loss can still be lower than that of the base, if
-the base is bad at rows of this form. So the predictions of both are compared after different prompts.
+Such an adapter predicts the same next token after every prompt. Its loss can still be lower than the loss of the base,
+if the base is bad at rows of this form. So the predictions of both are compared after different prompts.
+
+A run ends with exit code 6 if the adapter's predictions agree and the base's do not, or if the adapter's loss is that
+of a uniform distribution or above and the base's is not, see `reason`. No option publishes such an adapter.
 """
 
 import math
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 
 from loratune import kernels
+from loratune.compare.losses import LossComparison
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.events import Advance, counting
 from loratune.lora.attach import PeftModel
@@ -38,8 +42,8 @@ _GUESS = 0.5
 _LARGEST_SHARE = 0.9
 """The largest fraction of rows that may expect the same token: above it, always predicting that token is right."""
 _ROUNDING, _CLEAR = 1e-4, 0.5
-"""Nats per token: a loss within `_ROUNDING` of that of a uniform distribution counts as uniform; from `_CLEAR` on, it
-is clearly different."""
+"""Nats per token: a loss within `_ROUNDING` of the loss of a uniform distribution counts as uniform; from `_CLEAR` on,
+it is clearly different."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class PromptSensitivity:
         prompts: The number of prompts.
         base: The largest total variation distance between two predictions of the base that should differ, from 0 to 1.
         adapter: The same distance with the adapter.
-        advantage: The mean log-probability of a token with the adapter after a prompt that expects it, minus that after
-            a prompt that expects another token, in nats.
+        advantage: The mean log-probability of a token with the adapter after a prompt that expects it, minus its mean
+            log-probability after a prompt that expects another token, in nats.
         likelihood: The mean probability of the expected token with the adapter, as a multiple of the probability of a
             random guess among all expected tokens.
     """
@@ -97,10 +101,10 @@ class PromptSensitivity:
         return asdict(self)
 
 
-def measure(
+def prompt_sensitivity(
     model: PeftModel, without_adapter: AbstractContextManager[None], rows: Sequence[TokenizedRow]
 ) -> PromptSensitivity | None:
-    """Compare the predictions of an adapter, and those of its base, after different prompts.
+    """Compare the predictions of adapter and base after different prompts.
 
     Args:
         model: The base with the adapter.
@@ -112,7 +116,7 @@ def measure(
     """
     if not (found := prompts(rows)):
         return None
-    with counting("comparing predictions after different prompts", 2 * len(found)) as advance:
+    with counting("checking that prompts make a difference", 2 * len(found)) as advance:
         adapter = _predictions(model, found, advance)
         with without_adapter:
             base = _predictions(model, found, advance)
@@ -149,22 +153,21 @@ def _predictions(model: PeftModel, found: Iterable[Sequence[int]], advance: Adva
     return predictions
 
 
-def reason(sensitivity: PromptSensitivity | None, rows: str, loss: float, of_base: float, vocabulary: int) -> str:
+def reason(sensitivity: PromptSensitivity | None, losses: LossComparison, rows: str, vocabulary: int) -> str:
     """Why an adapter counts as collapsed, as the predicate of a sentence; empty if it does not.
 
     Args:
-        sensitivity: The result of `measure`.
-        rows: The rows of the losses, in words.
-        loss: The loss of the adapter in nats per token; NaN if it has another unit.
-        of_base: The loss of its base.
+        sensitivity: The result of `prompt_sensitivity`.
+        losses: The losses of the adapter and its base.
+        rows: Their rows in words.
         vocabulary: The vocabulary size.
     """
-    chance = math.log(vocabulary)
-    is_uniform = abs(loss - chance) < _ROUNDING and abs(of_base - chance) > _CLEAR
-    if is_uniform or loss >= chance > of_base + _CLEAR:
+    loss, base, chance = losses.adapter, losses.base, math.log(vocabulary)
+    is_uniform = abs(loss - chance) < _ROUNDING and abs(base - chance) > _CLEAR
+    if losses.unit == "token" and (is_uniform or loss >= chance > base + _CLEAR):
         how = "at random" if is_uniform else "worse than at random"
         return (
-            f"predicts {how}: its loss on {rows} is {loss:.4f} (base: {of_base:.4f}), and that of {vocabulary:,} "
+            f"predicts {how}: its loss on {rows} is {loss:.4f} (base: {base:.4f}), and that of {vocabulary:,} "
             f"equally likely tokens {chance:.4f}"
         )
     return str(sensitivity) if sensitivity is not None and sensitivity.is_lost else ""

@@ -22,12 +22,11 @@ from loratune.adapter.padding import writes_padded
 from loratune.compare.metrics import RowLosses
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
-from loratune.data.batches import LONGEST, packing_refusal, padding_refusal
-from loratune.data.formats import IGNORED
-from loratune.data.packing import BatchLayout, Items, Packing, PrefixTree, common_prefix
+from loratune.data.batch_check import LONGEST, BatchCheck
+from loratune.data.formats import IGNORED, common_prefix
+from loratune.data.packing import BatchLayout, Items, Packing, PrefixTree
 from loratune.events import counting
 from loratune.kernels import next_token_loss
-from loratune.system.kept_results import REFUSAL
 from loratune.system.launcher import SINGLE_PROCESS, Group
 
 BATCH_TOKENS = 2048
@@ -168,8 +167,8 @@ class Objective:
     def score(
         self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
     ) -> RowLosses:
-        """The loss of each row, pair or answer; all processes get all of them. The loss of a row that was split is that
-        of its blocks together, as they depend on each other. Args as for `read`."""
+        """The loss of each row, pair or answer; all processes get all of them. A row that was split has
+        the loss of its blocks together, as they depend on each other. Args as for `read`."""
         found = self.row_losses(rows.ordered(self.read(model, rows, before_batch, group)))
         found = replace(found, copies=np.array([*rows.copies.values()], np.float64))
         return found if rows.owners is None else found.of_rows(rows.owners)
@@ -190,7 +189,7 @@ class Objective:
         own: list[tuple[int, dict[str, list[float]]]] = []
         was_training = model.training
         model.eval()
-        with counting("computing losses, in batches", len(batches)) as advance:
+        with counting("scoring rows", len(batches)) as advance:
             for first in range(0, len(batches), group.count):
                 position = first + group.rank
                 # After the last batch a process repeats one, as all processes must take part in every forward pass.
@@ -214,7 +213,7 @@ class Objective:
         return RowLosses.of(scores["nats"], scores["tokens"])
 
     def training_items(self, dataset: TokenizedDataset) -> Items:
-        """The rows of a dataset to train on, as those of `items`."""
+        """The rows of a dataset to train on, in the form of `items`."""
         return self.items(dataset)[0]
 
     def copies(self, dataset: TokenizedDataset) -> dict[int, float]:
@@ -278,7 +277,7 @@ class WeightedRows:
         rows: The rows.
         weights: (rows,), the factor of each row; None: 1.
         prompt_weight: The weight of tokens that are not supervised, whose labels are then their ids, unless repeated.
-        owners: As of `TokenCache`.
+        owners: See `TokenCache.owners`.
     """
 
     rows: Items
@@ -333,7 +332,7 @@ class Engine:
 
         Args:
             model: A `PeftModel` with its weights, whose adapter is active. In a context that disables the adapter, the
-                losses are those of the base.
+                base computes the losses.
             section: The settings of packing and shared prefixes.
             pad_id: See the attributes.
             acceleration: The result of `kernels.accelerate`.
@@ -347,14 +346,12 @@ class Engine:
         self._trees = False if section.share_prefixes is False else trees
         with self.acceleration.applied(model):
             self.flat = section.packing != "none" and kernels.attends_by_rows(model)
-            checks, sample = acceleration.checks, acceleration.sample
+            check = BatchCheck(model, acceleration)
             if self.flat:
-                refusal = partial(packing_refusal, model, LONGEST, sample=sample)
-                self.flat = checks.once(f"packing {LONGEST}", REFUSAL, refusal) is None if flat is None else flat
-            refusal = partial(padding_refusal, model, pad_id, sample)
-            self.padded = self.flat or checks.once(f"padding {pad_id}", REFUSAL, refusal) is None
-        test = partial(writes_padded, model, pad_id, sample)  # in all processes alike, before weights are sharded
-        self.writes_padded: bool = self.padded and checks.once(f"writing {pad_id}", bool, test)
+                self.flat = check.packing(LONGEST) is None if flat is None else flat
+            self.padded = self.flat or check.padding(pad_id) is None
+        test = partial(writes_padded, model, pad_id, acceleration.sample)  # in all, before weights are sharded
+        self.writes_padded: bool = self.padded and acceleration.checks.once(f"writing {pad_id}", bool, test)
 
     def losses(
         self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT, before_batch: BeforeBatch = nothing
@@ -369,16 +366,33 @@ class Engine:
         """A pass over some items of a dataset. Prefixes are shared if that saves enough. copies: see `ScoringPass`.
         objective: defines the loss."""
         items, rows_per_example = objective.items(dataset)
+        planned, owners = self._plan(items, dataset.rows.lengths, copies, rows_per_example), dataset.rows.owners
+        return replace(planned, owners=None if owners is None else owners[[*copies]])
+
+    def nats(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        """The summed loss of each row of `input_ids` and `labels`: (rows,), in nats."""
+        planned = self._plan(
+            rows, np.array([len(row["input_ids"]) for row in rows]), dict.fromkeys(range(len(rows)), 1.0)
+        )
+        with self.acceleration.applied(self.model):
+            return SFT.score(self.model, planned, group=self.group).nats
+
+    def _plan(
+        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Copies, rows_per_example: int = 0
+    ) -> ScoringPass:
         scoring = ScoringLayout(self.flat, None, self.pad_id, BATCH_TOKENS if self.padded else 0)
-        layout = scoring.layout(items, dataset.rows.lengths, rows_per_example)
+        layout = scoring.layout(items, lengths, rows_per_example)
         saved = _saving(layout, [*copies]) if self.flat and self._trees is not False else 0.0
-        if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
+        if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self.shares_prefixes:
             scoring = replace(scoring, saved=saved, limits=kernels.length_limits(self.model.config))
             layout = layout.sharing(saved, scoring.limits)
-        owners = dataset.rows.owners
-        return replace(scoring.plan(layout, copies), owners=None if owners is None else owners[[*copies]])
+        return scoring.plan(layout, copies)
 
-    def _computes_trees(self) -> bool:
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether prefixes that rows share can be computed once."""
+        if not self.flat:
+            return False
         if self._trees is None and "loss" in self.acceleration.fallbacks:
             self._trees = False
         elif self._trees is None:

@@ -1,20 +1,20 @@
 """`loratune evaluate`: compares an adapter with its base, or with another adapter, on held-out rows."""
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from loratune import data, kernels, outputs
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
-from loratune.compare import behavior, collapse, requirements
+from loratune.compare import behavior, collapse, prompted, reasoning
 from loratune.compare.answers import (
-    ComparedRow,
     Judging,
     ModelAnswer,
     PreferenceAnswers,
@@ -24,15 +24,16 @@ from loratune.compare.answers import (
     majority_answers,
 )
 from loratune.compare.base_results import BaseResults
-from loratune.compare.behavior import Behavior
-from loratune.compare.collapse import PromptSensitivity
+from loratune.compare.classification import Classification
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
 from loratune.compare.engine import Engine
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS, compare
+from loratune.compare.labels import Labels
+from loratune.compare.losses import LossComparison
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, LOSS, MAJORITY, PROMPTED
 from loratune.compare.objectives import Formula
 from loratune.compare.preferences import formula_for, formula_of
-from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import TaskResults
+from loratune.compare.temperature import temperature_of
 from loratune.data import DatasetSplit, TokenizedDataset, splits
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.report import remarks_on_weights
@@ -46,7 +47,7 @@ from loratune.text import beginning, plural
 Tasks = Callable[[LoadedAdapter], TaskResults]
 """Runs tasks on a loaded adapter and its base, see `harness.run`."""
 _MOST_ROWS = 64
-"""The most rows from which prompts with different expected answers are chosen."""
+"""The most rows from which prompts with different expected answers are chosen; they are evenly spaced."""
 
 
 @dataclass
@@ -94,7 +95,7 @@ def evaluate(
         adapter: The adapter.
         split: The rows.
         against: Another adapter of the same base, to compare with instead of the base.
-        judging: The metrics for rows with one answer. The verdict is about the first one, or about the loss if empty.
+        judging: The metrics for rows with one answer. Beside another adapter the first judges, or the loss if empty.
         forgetting: Unrelated text, on which adapter and base are also compared, as well as on everyday instructions.
         tasks: Runs tasks on the adapter and its base.
         subject: The adapter on its base, if already loaded, with what is known of the base on the same rows.
@@ -111,7 +112,8 @@ def evaluate(
     dataset = data.prepare(split, first.renderer, first.data, vocabulary)
     data.check_positions(dataset, first.data, load.context_length(first.model.config))
     rows = subject.once("rows", lambda: _rows(adapter, first, dataset, judging))
-    overlap = subject.once("overlap", lambda: _overlap(split, adapter))
+    with adapter.files.reading() as path:
+        overlap: Overlap = subject.once("overlap", lambda: splits.find_overlap(split, path))
     remarks = [*split.remarks(), *dataset.report.splits(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
     if adapter.system and (bare := split.rows_without_system):
@@ -121,12 +123,18 @@ def evaluate(
     engine = engine_of(first)
     with first.without_adapter():
         found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}
-    found[ADAPTER] = rows.answers(ADAPTER, first, engine)
+    found[ADAPTER] = _answers(rows, ADAPTER, adapter, first, engine)
+    told = None
+    if against is None and isinstance(rows, RowAnswers):
+        alone = rows.as_baseline(found[BASE]) if rows.labels is not None else None
+        prompt = partial(_prompted, adapter, first, engine, rows, split, alone, remarks)
+        told = subject.once(PROMPTED, prompt)
+    spaced = [one for row in rows.rows[:: -(-len(rows.rows) // _MOST_ROWS)] for one in dataset.item(row.items[0])]
     facts: dict[str, Any] = _forgetting(first, engine, forgetting, remarks) if forgetting else {}
     facts |= {
         "computed_by": engine.computed_by,
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
-        "sensitivity": _sensitivity(first, dataset, [row.items[0] for row in rows.rows]),
+        "sensitivity": collapse.prompt_sensitivity(first.model, first.without_adapter(), spaced),
         "tasks": tasks(first) if tasks else None,
         "overlap": overlap.to_dict(),
     }
@@ -141,40 +149,25 @@ def evaluate(
         same_tokens = asked["renderer"].digest == models[-1].renderer.digest
         remarks += _rendering_remarks(adapter, against, is_text=split.formats == ["text"], same_tokens=same_tokens)
         other = replace(models[-1], **asked)
-        found[AGAINST] = rows.answers(AGAINST, other, engine_of(other))
+        found[AGAINST] = _answers(rows, AGAINST, against, other, engine_of(other))
     if isinstance(rows, PreferenceAnswers):
         remarks += _objective_remarks(rows.formula, adapter, against)
         remarks += rows.metrics[ADAPTER].warnings(of_training=False)
         facts["objective"] = rows.formula
-    comparison = replace(_compared(rows.rows, found, judging, remarks), **facts)
-    return replace(comparison, collapsed=_collapsed(comparison, vocabulary))
-
-
-def _overlap(split: DatasetSplit, adapter: AdapterDirectory) -> Overlap:
-    with adapter.files.reading() as path:
-        return splits.find_overlap(split, path)
-
-
-def _compared(
-    rows: Sequence[ComparedRow],
-    found: Mapping[str, Sequence[ModelAnswer]],
-    judging: Judging,
-    remarks: Sequence[str],
-) -> Comparison:
-    """The comparison, from the results of each model. found: model → its result on each row."""
     answered = [
-        replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
+        replace(row, answers={name: by_row[place] for name, by_row in found.items()})
+        for place, row in enumerate(rows.rows)
     ]
     metric = judging.metrics[0].name if judging.metrics else LOSS
-    return compare_rows(answered, metric, remarks, majority_answers(answered, judging))
-
-
-def _collapsed(comparison: Comparison, vocabulary: int) -> str:
-    """Why the adapter has collapsed, or an empty string; see `collapse.reason`."""
-    loss, of_base = (comparison.scores[name].metrics[LOSS] or math.nan for name in (ADAPTER, BASE))
-    loss = loss if comparison.unit == "token" else math.nan
-    scored = f"these {plural(len(comparison.rows), comparison.item)}"
-    return collapse.reason(comparison.sensitivity, scored, loss, of_base, vocabulary)
+    baselines = {MAJORITY: majority_answers(answered, judging)}
+    if told is not None:
+        facts["prompt"], baselines[PROMPTED] = told
+    if isinstance(rows, RowAnswers) and rows.labels is not None:
+        facts["classification"] = _classification(rows, found[ADAPTER])
+    comparison = replace(compare_rows(answered, metric, remarks, baselines), **facts)
+    count = plural(len(comparison.rows), comparison.item)
+    why = collapse.reason(comparison.sensitivity, comparison.gain, f"these {count}", vocabulary)
+    return replace(comparison, collapsed=why)
 
 
 @dataclass(frozen=True)
@@ -212,18 +205,79 @@ def evaluate_scales(
     return ScaleComparison(found)
 
 
-def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement]) -> TaskResults:
-    """Load an adapter and run tasks on it. Raises as `loading.load` and `harness.run` do."""
-    return requirements.judged_tasks(tasks(loading.load(adapter)), required)
-
-
 def _rows(
     adapter: AdapterDirectory, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging
 ) -> RowAnswers | PreferenceAnswers:
     if dataset.rows_per_example == 1 and not dataset.is_unpaired:
-        return RowAnswers(loaded, dataset, judging)
+        return RowAnswers(loaded, dataset, judging, Labels.of_adapter(adapter.files, _vocabulary_size(loaded)))
     formula = formula_for(adapter.run, UNPAIRED if dataset.is_unpaired else PAIRS)
     return PreferenceAnswers(formula, loaded, dataset, adapter.run.training.seed if adapter.run is not None else 0)
+
+
+def _answers(
+    rows: RowAnswers | PreferenceAnswers, name: str, adapter: AdapterDirectory, loaded: LoadedAdapter, engine: Engine
+) -> list[ModelAnswer]:
+    """The results of an adapter on each row; the probabilities of labels have its own temperature."""
+    if isinstance(rows, PreferenceAnswers):
+        return rows.answers(name, loaded, engine)
+    return rows.answers(name, loaded, engine, temperature_of(adapter.files))
+
+
+def _classification(rows: RowAnswers, answers: Sequence[ModelAnswer]) -> Classification:
+    """The labels that the adapter gives. answers: its results, with probabilities."""
+    assert rows.labels is not None
+    given = np.stack([one.probabilities for one in answers if one.probabilities is not None])
+    copies = np.array([row.times for row in rows.rows], np.float64)
+    prompts = [row.prompt or "" for row in rows.rows]
+    return Classification(rows.labels.texts, np.array(rows.expected), given, copies, prompts)
+
+
+def _prompted(
+    adapter: AdapterDirectory,
+    loaded: LoadedAdapter,
+    engine: Engine,
+    rows: RowAnswers,
+    split: DatasetSplit,
+    alone: list[ModelAnswer] | None,
+    remarks: list[str],
+) -> tuple[str, list[ModelAnswer]] | None:
+    """What the best prompt tells the base, and the answers of the base to it; None if it is not prompted. alone: the
+    labels that it chooses without being told anything."""
+    told = rows.base_prompts
+    if rows.labels is None and not told.is_asked:
+        return None
+    if (examples := prompted.questions(split, [row.where for row in rows.rows])) is None:
+        if told.is_asked:
+            remarks.append("the base was not prompted, as not every row is a question with one answer at its end")
+        return None
+    texts = rows.labels.texts if rows.labels is not None else ()
+    best = (prompted.ALONE, alone) if alone is not None and not told.is_asked else None
+    context = load.context_length(loaded.model.config)
+    for name, (count, words) in told.variants(texts).items():
+        try:
+            shown = prompted.training_examples(adapter, examples, count) if count else []
+            told.check_shown(len(shown))
+            if count and not shown:  # then it is the base alone
+                continue
+            given = [*prompted.prompts(loaded.renderer, examples, shown, words, adapter.system)]
+        except (DataError, ModelError) as error:
+            if told.is_asked:
+                raise
+            remarks.append(f"the base could not be told the task by {name}: {error.problems[0].text}")
+            continue
+        longest = max(len(ids) + row.tokens for ids, row in zip(given, rows.rows, strict=True))
+        if context is not None and longest > context:
+            remarks.append(f"the base could not be told the task by {name}: {longest:,} tokens exceed its context")
+            continue
+        with loaded.without_adapter():
+            answers = rows.to_prompts(engine, loaded, given)
+        if best is None or _right(answers) > _right(best[1]):
+            best = name.replace(plural(count, "example"), plural(len(shown), "example")), answers
+    return best
+
+
+def _right(answers: Sequence[ModelAnswer]) -> float:
+    return sum(one.scores.get(EXACT_MATCH, 0.0) for one in answers)
 
 
 def engine_of(loaded: LoadedAdapter) -> Engine:
@@ -232,13 +286,6 @@ def engine_of(loaded: LoadedAdapter) -> Engine:
     reader = partial(attach.adapted_linear, name=loaded.key)
     acceleration = kernels.accelerate(loaded.model, reader, fingerprint=loaded.fingerprint)
     return Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration)
-
-
-def _sensitivity(loaded: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int]) -> PromptSensitivity | None:
-    """How much the adapter's predictions depend on the prompt, measured on evenly spaced rows."""
-    loaded.activate()
-    found = [row for number in numbers[:: -(-len(numbers) // _MOST_ROWS)] for row in dataset.item(number)]
-    return collapse.measure(loaded.model, loaded.without_adapter(), found)
 
 
 def _objective_remarks(formula: Formula, adapter: AdapterDirectory, against: AdapterDirectory | None) -> Iterator[str]:
@@ -289,7 +336,7 @@ def _rendering_remarks(
 
 
 def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
-    """The attributes of `Comparison` on what the adapter has forgotten: `forgetting`, by kind too, and `behavior`.
+    """The attributes of `Comparison` on what the adapter has forgotten: `forgetting`, `behavior` and `reasoning`.
 
     Args:
         loaded: The adapter on its base.
@@ -320,9 +367,9 @@ def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, rema
         remarks.append(f"unrelated text: {what}, so it is not known what is forgotten")
     places = {row.number: place for place, row in enumerate(rows)}
     by_kind = {kind: [places[number] for number in own if number in places] for kind, own in text.kinds.items()}
-    try:
-        changed = behavior.measure(base, loaded.renderer)
-    except (DataError, ModelError) as error:
-        changed = Behavior(unknown=error.problems[0].what)
-    found = {kind: compare(before.take(own), after.take(own)) for kind, own in by_kind.items() if own}
-    return {"forgetting": compare(before, after), "forgetting_by_kind": found, "behavior": changed}
+    kinds = {kind: own for kind, own in by_kind.items() if own}
+    return {
+        "forgetting": LossComparison.of(before, after, "unrelated", kinds=kinds),
+        "behavior": behavior.compare_on_base_answers(base, loaded.renderer),
+        "reasoning": reasoning.compare(base, loaded.renderer),
+    }

@@ -1,7 +1,7 @@
 """Whether greedy answers are exactly the expected ones, without writing them.
 
-A greedy answer is the expected one if each of its tokens is the most probable one after those before it, so one forward
-pass over prompt and answer tells, as `exact_match` of `evaluate` does by writing.
+A greedy answer is the expected one if each of its tokens is the most probable one after the tokens before it. One
+forward pass over prompt and answer shows that; `exact_match` of `evaluate` writes the answer instead.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def comparable(rows: Sequence[TokenizedRow], longest: int) -> bool:
 
 
 @torch.no_grad()
-def right(
+def exact_matches(
     model: Any, engine: Engine, rows: Sequence[TokenizedRow], inside: AbstractContextManager[None]
 ) -> Values:  # fmt: skip
     """For each row 1 if the greedy answer is the expected one to its end, else 0.
@@ -33,12 +33,16 @@ def right(
     Args:
         model: A `PeftModel`, whose adapter is active.
         engine: Batches the rows, and accelerates the model.
-        rows: As `comparable`.
+        rows: Rows that are `comparable`.
         inside: The context in which the model computes; one that disables the adapter gives the answers of the base.
     """
     found, was_training = np.zeros(len(rows)), model.training
     model.eval()
-    with counting("comparing answers, in rows", len(rows)) as advance, inside, engine.acceleration.applied(model):
+    with (
+        counting("comparing answers", len(rows)) as advance,
+        inside,
+        engine.acceleration.applied(model),
+    ):
         for numbers, batch, at in behavior.batches(engine, [(row.prompt, row.completion) for row in rows]):
             expected = torch.tensor([id for number in numbers for id in rows[number].completion])
             equal = (kernels.logits_at(model, batch, at).argmax(-1).cpu() == expected).tolist()

@@ -1,7 +1,7 @@
 """The lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on an adapter and its base.
 
 This is the only module that imports it. Its `simple_evaluate` runs on base and adapter, which share one loaded base;
-`tasks` compares the samples that it returns. If an adapter is not applied, its metrics equal those of the base, which
+`tasks` compares the samples that it returns. If an adapter is not applied, its metrics equal the base's metrics, which
 users of the harness noticed late (its issue 511); here equal log-likelihoods are an error.
 """
 
@@ -55,7 +55,7 @@ class OpenedTasks:
 
     Attributes:
         selected: The harness's objects of groups, and of tasks without a group.
-        tasks: Name → each task, those of groups included.
+        tasks: Name → each task, including the tasks of groups.
         groups: Name → each group.
     """
 
@@ -173,7 +173,7 @@ def _values(samples: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> lis
 
 
 def _evaluated(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, name: str) -> Mapping[str, Any]:
-    """What `simple_evaluate` returns for the model in its current state. name: that of the model."""
+    """What `simple_evaluate` returns for the model in its current state. name: the name of the model."""
     model = loaded.model
     size = 1 if length_limits(model.config) else _BATCH  # such models compute a row by its length with padding
     note(f"running {plural(len(opened.tasks), 'task')} on the {name}")

@@ -4,8 +4,9 @@ Comparisons of two models are paired, on the same rows. Every distinct row count
 its number of copies, as copies add no information. So intervals of proportions use Kish's effective sample size, see
 `statistics.effective_rows`. Without copies that is the number of rows.
 
-`--metric contains`, `rouge_l`, `json` and `regex:PATTERN` compare answers with the expected text. `exact_match` and
-`label` compare tokens and beginnings, see `answers`; they are always computed.
+`--metric contains`, `rouge_l`, `json` and `regex:PATTERN` compare answers with the expected text, and `tool_call` their
+calls, see `tool_calls`. `exact_match` and `label` compare tokens and beginnings, see `answers`; they are always
+computed.
 """
 
 import base64
@@ -31,26 +32,34 @@ from loratune.config.expressions import BadPatternError, Pattern, TimeLimit, com
 from loratune.errors import ConfigError, Problem, missing_package
 from loratune.statistics import Interval, finite, loss_interval, mean_ratio
 
-BASE, ADAPTER, AGAINST, MAJORITY = "base", "adapter", "against", "majority"
-"""The names of the models: the base, the adapter, another adapter to compare with, and a baseline that always gives the
-most frequent expected answer, if answers are labels."""
+BASE, ADAPTER, AGAINST, MAJORITY, PROMPTED = "base", "adapter", "against", "majority", "prompted"
+"""The names of the models: the base, the adapter, another adapter to compare with, a baseline that always gives the
+most frequent expected answer, if answers are labels, and the base with a prompt that tells it the task."""
+BASELINES = (MAJORITY, PROMPTED)
+"""Models of which only answers are known, and no losses."""
 
 LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY = "loss", "perplexity", "exact_match", "label_accuracy"
 """The names of the metrics of rows; the last two are None if no row has a prompt."""
-FORGETTING, INVALID_JSON = "forgetting", "invalid_json"
+ACCURACY, LOG_LOSS, BRIER = "accuracy", "log_loss", "brier"
+"""Metrics of labels: whether the most probable one is the expected one, and how probable that is."""
+FORGETTING, REASONS, INVALID_JSON = "forgetting", "reasons", "invalid_json"
+TOOL_CALL = "tool_call"
+CALL_ERRORS = ("invalid_call", "missing_call", "wrong_function", "wrong_argument", "needless_call")
+"""What may be wrong with the calls of an answer. The last is a share of the rows that expect none, the others of those
+that expect one."""
 REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY = "reward_accuracy", "reward_margin", "ranking_accuracy"
 LOG_PROBABILITY, PREFERRED_LENGTH = "log_probability", "preferred_length"
 SIDES = ("chosen", "rejected", "desirable", "undesirable")
-LOWER_IS_BETTER = (LOSS, PERPLEXITY, INVALID_JSON)
+LOWER_IS_BETTER = (LOSS, PERPLEXITY, INVALID_JSON, LOG_LOSS, BRIER, *CALL_ERRORS)
 """Metrics for which lower is better."""
 MEANS = ("rouge_l",)
 """Bounded metrics whose row scores are fractions; the scores of other bounded metrics are 0 or 1."""
 _WITHOUT_DIRECTION = (*(f"{side}_{LOG_PROBABILITY}" for side in SIDES), PREFERRED_LENGTH)
-_UNBOUNDED = (LOSS, PERPLEXITY, FORGETTING, REWARD_MARGIN, *_WITHOUT_DIRECTION)
+_UNBOUNDED = (LOSS, PERPLEXITY, FORGETTING, LOG_LOSS, BRIER, REWARD_MARGIN, *_WITHOUT_DIRECTION)
 
-OPTION = "--metric"
+OPTION = "metrics"
 _ALWAYS = {"exact_match": EXACT_MATCH, "label": LABEL_ACCURACY}
-_NAMES = "exact_match, label, contains, rouge_l, json, regex:PATTERN"
+_NAMES = "exact_match, label, contains, rouge_l, json, tool_call, regex:PATTERN"
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -136,7 +145,7 @@ class RowLosses:
         return RowLosses(self.nats[order], self.tokens[order], self.copies[order])
 
     def of_rows(self, owners: NDArray[np.int64]) -> "RowLosses":
-        """The losses of rows, from those of their blocks. owners: (blocks,), increasing numbers of their rows."""
+        """The losses of rows, from the losses of their blocks. owners: (blocks,), increasing numbers of their rows."""
         _, rows = np.unique(owners, return_inverse=True)
         copies = np.bincount(rows, self.copies) / np.bincount(rows)
         return RowLosses(np.bincount(rows, self.totals) / copies, np.bincount(rows, self.counts) / copies, copies)
@@ -203,7 +212,7 @@ class Difference:
         return values | ({"rows_needed": self.rows_needed} if self.verdict == "indistinguishable" else {})
 
 
-def compare(base: RowLosses, adapter: RowLosses) -> Difference:
+def loss_difference(base: RowLosses, adapter: RowLosses) -> Difference:
     """The paired difference of losses on the same rows: adapter minus base, or another model."""
     return mean_difference([(adapter.totals - base.totals, adapter.counts)], lower_is_better=True)
 
@@ -214,7 +223,7 @@ def mean_difference(samples: Sequence[Sample], *, lower_is_better: bool) -> Diff
     samples: for each group, the difference of a metric on each row, (rows,), and counts above 0.
     """
     value = sum(mean_ratio(*sample) for sample in samples)
-    return judged(value, sum_interval(samples), samples, lower_is_better)
+    return difference_with_verdict(value, sum_interval(samples), samples, lower_is_better)
 
 
 def sum_interval(samples: Sequence[Sample]) -> Interval | None:
@@ -227,7 +236,7 @@ def score_difference(first: Values, second: Values, weights: Values, *, lower_is
     """The difference of two means of scores: second minus first. first, second: (rows,), 0 to 1. weights: copies."""
     sample = weights * (second - first), weights
     interval = statistics.bounded_difference_interval(second - first, weights)
-    return judged(mean_ratio(*sample), interval, [sample], lower_is_better)
+    return difference_with_verdict(mean_ratio(*sample), interval, [sample], lower_is_better)
 
 
 def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
@@ -246,7 +255,9 @@ def share_difference(first: Values, second: Values, weights: Values, *, lower_is
     return Difference(value, interval, p, verdict, needed)
 
 
-def judged(value: float, interval: Interval | None, samples: Sequence[Sample], lower_is_better: bool) -> Difference:
+def difference_with_verdict(
+    value: float, interval: Interval | None, samples: Sequence[Sample], lower_is_better: bool
+) -> Difference:
     """A difference with its verdict. samples: totals and counts of rows; their ratios have the same standard error."""
     verdict = _verdict(value, interval, lower_is_better)
     needed = None
@@ -290,14 +301,15 @@ class Metric:
     Attributes:
         name: The name of its mean over rows, and of its score on a row.
         scores: Function of the expected text and the answer that returns metric → score, including the metric itself.
-            Raises `ExpectedTextError`, and `BadPatternError` on timeout. None for metrics that are always computed.
+            Raises `ExpectedTextError`, and `BadPatternError` on timeout. None for metrics that are always computed, and
+            for `TOOL_CALL`.
     """
 
     name: str
     scores: Callable[[str, str], Mapping[str, float]] | None
 
 
-def parse(values: Sequence[str]) -> list[Metric]:
+def parse_metrics(values: Sequence[str]) -> list[Metric]:
     """The metrics named by an option, without duplicates.
 
     Raises:
@@ -309,6 +321,8 @@ def parse(values: Sequence[str]) -> list[Metric]:
 def _parse(value: str) -> Metric:
     if value in _ALWAYS:
         return Metric(_ALWAYS[value], None)
+    if value == TOOL_CALL:
+        return Metric(value, None)
     if value in ("contains", "json"):
         return Metric(value, _contains_scores if value == "contains" else _json_scores)
     if value == "rouge_l":
@@ -316,6 +330,8 @@ def _parse(value: str) -> Metric:
     name, _, text = value.partition(":")
     if name != "regex" or not text:
         what, fix = f"`{value}` is not a metric", f"take one of {_NAMES}"
+        if value in ("accuracy", "acc", "f1"):
+            fix = "did you mean `label`, for answers that are classes, or `exact_match`?"
         raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=OPTION, fix=fix))
     try:
         return Metric(value, partial(_regex_scores, value, compile_pattern(text)))
@@ -352,17 +368,21 @@ def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
     """Whether both texts are JSON with the same value, regardless of whitespace and key order; and whether the answer
     is not JSON."""
     try:
-        value = _json_value(expected)
+        value, _ = read_json(expected)
     except ValueError as error:
         raise ExpectedTextError("the expected text is not JSON") from error
     try:
-        return {"json": float(_json_value(answer) == value), INVALID_JSON: 0.0}
+        return {"json": float(read_json(answer)[0] == value), INVALID_JSON: 0.0}
     except ValueError:
         return {"json": 0.0, INVALID_JSON: 1.0}
 
 
-def _json_value(text: str) -> Any:
-    """The value of a JSON text: == follows JSON, so true differs from 1, and 1 equals 1.0. Raises ValueError."""
+def read_json(text: str, place: int | None = None) -> tuple[Any, int]:
+    """The value of a JSON text, or of the one that begins at a place in a text, and where it ends.
+
+    Values are such that == follows JSON: true differs from 1, and 1 equals 1.0. Of several members of one name, the
+    last counts. Raises ValueError.
+    """
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
@@ -374,8 +394,10 @@ def _json_value(text: str) -> Any:
             return [tagged(member) for member in value]
         return (value,) if isinstance(value, bool) else value
 
+    decoder = json.JSONDecoder(parse_constant=refuse, parse_int=Decimal, parse_float=Decimal)
     try:
-        return tagged(json.loads(text, parse_constant=refuse, parse_int=Decimal, parse_float=Decimal))
+        value, end = (decoder.decode(text), len(text)) if place is None else decoder.raw_decode(text, place)
+        return tagged(value), end
     except InvalidOperation:
         raise ValueError("it has a number beyond 1e999999999999999999") from None
     except RecursionError:

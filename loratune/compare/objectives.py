@@ -22,14 +22,14 @@ With `sft_weight`, `dpo` and `simpo` add the term -sft_weight a(y_w) (Pang et al
 The metrics:
 - `reward_accuracy`: the fraction of pairs whose chosen answer has the higher reward, ties counting half; or of unpaired
   preferences whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
-- `reward_margin`: the mean reward of chosen answers minus that of rejected ones; or of desirable answers minus that of
-  undesirable ones.
+- `reward_margin`: the mean reward of chosen answers minus the mean reward of rejected ones; or the same of desirable
+  and undesirable answers.
 - `ranking_accuracy`: the fraction of pairs whose chosen answer is the more probable one (Chen et al. 2024,
   arXiv:2405.19534), regardless of the reference.
 - `chosen_log_probability`, and the same for the other sides: the mean over answers of their summed log-probabilities.
 - `preferred_length`: the mean tokens of the more probable answer of each pair.
 
-Fractions have Wilson's interval, means that of `metrics.sum_interval`; a pair is one draw.
+Fractions have Wilson's interval, means the interval of `metrics.sum_interval`; a pair is one draw.
 """
 
 from collections.abc import Iterator

@@ -35,7 +35,7 @@ from loratune.system.launcher import Group
 _ROUNDING = {False: 0.25, True: 1e-3}
 """Whether the model has more than 16 bits → tolerance in nats for the log-probability of an answer computed in
 different batches, per (1 + square root of its tokens). SmolLM2-135M in bfloat16: 0.35 nats more for an answer of about
-20 tokens in a prefix tree of eight pairs than in that of the reference."""
+20 tokens in a prefix tree of eight pairs than in the batch of the reference."""
 _ROUNDING_BY_BATCH = 1.0
 """The same tolerance for bitsandbytes' 8-bit layers, which on a GPU round activations depending on the batch. On a CPU,
 an answer of about 28 tokens got 3.1 nats more, half of this tolerance; a GPU was not tested."""
@@ -48,33 +48,33 @@ _PARTNERS_TRIED = 64
 # The objective and the rows of a run
 
 
-def formula_for(run: RunConfig | None, kind: str) -> Formula:
-    """The objective with which preferences are evaluated: that of a run; if it is unknown or does not fit the rows, DPO
-    or KTO. kind: `PAIRS` or `UNPAIRED`."""
-    trained = formula_of(run)
+def formula_for(config: RunConfig | None, kind: str) -> Formula:
+    """The objective with which preferences are evaluated: the objective of the run; if it is unknown or does not fit
+    the rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
+    trained = formula_of(config)
     if trained is not None and KINDS[trained.name] == kind:
         return trained
     name = "dpo" if kind == PAIRS else "kto"
     return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])
 
 
-def formula_of(run: RunConfig | None) -> Formula | None:
+def formula_of(config: RunConfig | None) -> Formula | None:
     """The objective of a run; None if the run is unknown, or was not trained on preferences."""
-    if run is None or run.training.objective == "sft":
+    if config is None or config.training.objective == "sft":
         return None
-    return Formula.of(run.training.objective, run.preferences)
+    return Formula.of(config.training.objective, config.preferences)
 
 
-def described(run: RunConfig) -> str:
+def described(config: RunConfig) -> str:
     """The objective of a run with its parameters and its reference, as text; empty for `sft`."""
-    if run.training.objective == "sft":
+    if config.training.objective == "sft":
         return ""
     reference = "the base"
-    if run.lora.start_from is not None:
+    if config.lora.start_from is not None:
         reference = "the adapter that it started from"
-    elif run.lora.init_lora_weights == "loftq":
+    elif config.lora.init_lora_weights == "loftq":
         reference = "base and adapter before the first step"
-    return Formula.of(run.training.objective, run.preferences).compared_with(reference)
+    return Formula.of(config.training.objective, config.preferences).compared_with(reference)
 
 
 class ComparedRows:
@@ -167,7 +167,7 @@ class PreferenceScores:
 
     @property
     def log_probabilities(self) -> NDArray[np.float64]:
-        """(rows,), followed by those of mismatched answers, if any."""
+        """(rows,), followed by the log-probabilities of mismatched answers, if any."""
         parts = [self.answers, self.mismatched] if self.mismatched else [self.answers]
         return np.concatenate([part.log_probabilities.numpy() for part in parts])
 
@@ -271,7 +271,10 @@ class PreferenceObjective(Objective):
         return {} if scored is None else self.metrics("", scored).logged()
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
-        """See `Objective`: rewards must start at 0, otherwise the reference is wrong."""
+        """See `Objective`: rewards must start at 0, otherwise the reference is wrong.
+
+        With an 8-bit base on a GPU more is tolerated, as the rounding of bitsandbytes depends on the batch.
+        """
         if not self.formula.has_reference:
             return
         was_training = model.training

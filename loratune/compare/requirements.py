@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune import outputs
@@ -25,20 +25,24 @@ from loratune.errors import ConfigError, DataError, Problem, RequirementError
 from loratune.statistics import Interval, finite
 
 if TYPE_CHECKING:
-    from loratune.compare.tasks import TaskMetric, TaskResults
+    from loratune.compare.tasks import TaskMetric
 
-OPTION = "--require"
+OPTION = "require"
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _FORM = re.compile(r"(?P<metric>.+)(?P<comparison><=|>=|<|>)(?P<bound>[^<>=]+)", re.DOTALL)
 _DIFFERENCE = "difference."
 _TASK_METRIC = re.compile(r"[^.:]+\..+", re.DOTALL)
 """`TASK.METRIC`."""
 _OF_ROWS = (metrics.LOSS, metrics.PERPLEXITY, metrics.EXACT_MATCH, metrics.LABEL_ACCURACY)
-"""The metrics of rows with one answer, without those of --metric."""
+"""The metrics of rows with one answer, without those of `metrics`."""
 _OF_PREFERENCES = {kind: metrics.metrics_of(paired=kind == PAIRS) for kind in (PAIRS, UNPAIRED)}
 """Kind of preference rows → their metrics without the loss."""
-_SHORT = {"accuracy": metrics.REWARD_ACCURACY, "margin": metrics.REWARD_MARGIN}
-"""Short names of metrics of preferences."""
+_OF_LABELS = (metrics.ACCURACY, metrics.LOG_LOSS, metrics.BRIER)
+"""The metrics of rows whose answers are labels."""
+_OF_THE_BASE = (metrics.FORGETTING, metrics.REASONS)
+"""The metrics of what the base could do, which are not computed on the rows."""
+_SHORT = {"margin": metrics.REWARD_MARGIN}
+"""Short names of metrics of preferences; `accuracy` is that of labels, or of rewards."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Judgement:
 # Parsing and checking requirements
 
 
-def parse(
+def parse_requirements(
     values: Sequence[str],
     asked: Sequence[str] = (),
     *,
@@ -111,17 +115,18 @@ def parse(
     Raises:
         ConfigError: Some are not valid, or their metrics will not be computed.
     """
-    computed = [*_OF_ROWS, *asked, *([metrics.INVALID_JSON] if "json" in asked else [])]
+    computed = [*_OF_ROWS, *_OF_LABELS, *asked, *([metrics.INVALID_JSON] if "json" in asked else [])]
+    computed += metrics.CALL_ERRORS if metrics.TOOL_CALL in asked else ()
     computed += dict.fromkeys(metric for of_kind in _OF_PREFERENCES.values() for metric in of_kind)
-    computed += [metrics.FORGETTING] if forgetting else []
+    computed += _OF_THE_BASE if forgetting else ()
     found, problems = [], list[Problem]()
     for value in dict.fromkeys(values):
         try:
             one = _parse(value, computed)
             for is_given, is_needed, what, fix in (
-                (tasks, one.of_task, "of a task", f"name it with --tasks {one.metric.split('.')[0]}"),
-                (rows, not one.of_task, "computed on rows", "name them with --data FILE"),
-                (against, one.bound == metrics.AGAINST, "compared with another adapter", "name it with --against DIR"),
+                (tasks, one.of_task, "of a task", f"name it with `tasks={one.metric.split('.')[0]!r}`"),
+                (rows, not one.of_task, "computed on rows", "name them with `rows=FILE`"),
+                (against, one.bound == metrics.AGAINST, "compared with another adapter", "name it with `against=DIR`"),
             ):
                 if is_needed and not is_given:
                     raise _refusal(f"`{one.metric}` is {what}", fix, Code.USAGE_CONFLICT)
@@ -141,14 +146,18 @@ def _parse(text: str, computed: Sequence[str]) -> Requirement:
     of_difference, metric = name.startswith(_DIFFERENCE), name.removeprefix(_DIFFERENCE)
     of_task = _TASK_METRIC.fullmatch(metric) is not None
     metric = metric if of_task else _metric(metric, computed, of_difference=of_difference)
-    if bound in (metrics.BASE, metrics.AGAINST, metrics.MAJORITY):
-        has_none = (of_task and bound != metrics.BASE) or (bound == metrics.MAJORITY and not metrics.is_bounded(metric))
-        if of_difference or metric == metrics.FORGETTING or has_none:
+    if bound in (metrics.BASE, metrics.AGAINST, *metrics.BASELINES):
+        has_none = (of_task and bound != metrics.BASE) or (
+            bound in metrics.BASELINES and not metrics.is_bounded(metric)
+        )
+        if of_difference or metric in _OF_THE_BASE or has_none:
             raise _refusal(f"`{text}` compares `{name}` with a model that it cannot be compared with", "give a number")
         return Requirement(text, metric, comparison, bound, False, of_task)
     if (value := number(bound)) is None or not math.isfinite(value):
         what = f"the bound of `{text}` is not a finite number"
-        raise _refusal(what, f"give one, or `{metrics.BASE}`, `{metrics.AGAINST}` or `{metrics.MAJORITY}`")
+        raise _refusal(
+            what, f"give one, or `{metrics.BASE}`, `{metrics.AGAINST}`, `{metrics.MAJORITY}` or `{metrics.PROMPTED}`"
+        )
     least = -1 if of_difference else 0
     if not of_task and metrics.is_bounded(metric) and not least <= value <= 1:
         raise _refusal(f"the bound of `{text}` is not between {least} and 1, as {metric} is", "90 % is 0.9")
@@ -158,19 +167,20 @@ def _parse(text: str, computed: Sequence[str]) -> Requirement:
 def _metric(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
     """The name of a metric, from the user's name for it. Raises ConfigError: it is unknown, or not computed."""
     metric = _SHORT.get(name, name)
-    option = {metrics.FORGETTING: "--forgetting FILE", metrics.INVALID_JSON: "--metric 'json'"}.get(name)
+    options = dict.fromkeys(_OF_THE_BASE, "`forgetting=FILE`") | {metrics.INVALID_JSON: "`metrics='json'`"}
+    option = (options | dict.fromkeys(metrics.CALL_ERRORS, "`metrics='tool_call'`")).get(name)
     try:
-        metric = metrics.parse([name])[0].name
-        option = f"{metrics.OPTION} '{metric}'"
+        metric = metrics.parse_metrics([name])[0].name
+        option = f"`{metrics.OPTION}={metric!r}`"
     except ConfigError as error:
         if error.problems[0].code is Code.SYSTEM_MISSING_PACKAGE:
-            option = f"{metrics.OPTION} '{metric}'"
-    if not (of_difference and metric in (metrics.PERPLEXITY, metrics.FORGETTING)):
+            option = f"`{metrics.OPTION}={metric!r}`"
+    if not (of_difference and metric in (metrics.PERPLEXITY, *_OF_THE_BASE)):
         if metric in computed:
             return metric
         if option:
             raise _refusal(f"`{metric}` is not computed", f"add {option}", Code.USAGE_CONFLICT)
-    near = difflib.get_close_matches(metric, (*computed, metrics.FORGETTING), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(metric, (*computed, *_OF_THE_BASE), n=1, cutoff=0.5)
     fix = f"the metrics are {', '.join(one for one in computed if metrics.has_direction(one))}"
     fix = f"did you mean `{near[0]}`? {fix}" if near and near[0] != metric else fix
     raise _refusal(f"there is no metric `{_DIFFERENCE if of_difference else ''}{name}`", fix)
@@ -191,22 +201,29 @@ def check_rows(
             and no row has a prompt.
     """
     of_rows = [one for one in requirements if not one.of_task]
-    known = [metrics.LOSS, *_OF_PREFERENCES[split.kind], metrics.FORGETTING] if split.kind is not None else []
+    of_kind = [metrics.LOSS, *_OF_PREFERENCES[split.kind], *_OF_THE_BASE] if split.kind is not None else []
+    known = [*of_kind, metrics.ACCURACY] if of_kind else []
     others = {metric for of_kind in _OF_PREFERENCES.values() for metric in of_kind}
-    fix = f"take one of {', '.join(known or _OF_ROWS)}{'' if known else f', or one that {metrics.OPTION} adds'}"
+    fix = f"take one of {', '.join(of_kind or _OF_ROWS)}{'' if known else f', or one that `{metrics.OPTION}=...` adds'}"
     kind = split.kind or "rows with one answer"
     if problems := [
-        Problem(Code.USAGE_BAD_VALUE, f"`{one.text}`: there is no {one.metric} of {kind}", split.source, OPTION, fix)
+        Problem(
+            Code.USAGE_BAD_VALUE,
+            f"`{one.text}`: there is no {one.metric} of {kind}",
+            split.source,
+            OPTION,
+            fix,
+        )
         for one in of_rows
         if (one.metric not in known if known else one.metric in others)
     ]:
         raise ConfigError(problems)
-    answers = [one for one in of_rows if metrics.is_bounded(one.metric)]
+    answers = [one for one in of_rows if metrics.is_bounded(one.metric) and one.metric not in _OF_THE_BASE]
     if answers and split.formats == ["text"]:
         what = f"no row has a prompt, so there is no {answers[0].metric}"
         raise DataError(Problem(Code.DATA_FIELD, what, split.source, OPTION, "give rows with prompts"))
     if of_rows and overlap.found and not allow_overlap:
-        fix = "take rows that it has not seen; or use --allow-overlap"
+        fix = "take rows that it has not seen; or use `allow_overlap=True`"
         raise DataError([Problem(Code.EVALUATE_OVERLAP, what, split.source, OPTION, fix) for what in overlap.remarks()])
 
 
@@ -237,11 +254,6 @@ def judge_task(requirement: Requirement, found_metrics: "Mapping[str, TaskMetric
         found = one.difference if is_paired else Difference(one.values[metrics.ADAPTER], one.intervals[metrics.ADAPTER])
     missing = f"no task gives it, but {', '.join(found_metrics) or 'no metric at all'}"
     return judge(requirement, found, missing, collapsed)
-
-
-def judged_tasks(results: "TaskResults", requirements: Sequence[Requirement]) -> "TaskResults":
-    """Results of tasks, with a judgement on each requirement. requirements: on tasks only."""
-    return replace(results, requirements=[judge_task(one, results.metrics()) for one in requirements])
 
 
 def judge(requirement: Requirement, found: Difference | None, missing: str, collapsed: str) -> Judgement:

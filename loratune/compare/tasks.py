@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from loratune import outputs, statistics
 from loratune.codes import Code
 from loratune.compare.metrics import ADAPTER, BASE, Difference, exp, mean_difference, score_difference, share_difference
-from loratune.compare.requirements import Judgement
+from loratune.compare.requirements import Judgement, Requirement, judge_task
 from loratune.errors import ConfigError, Problem, missing_package
 from loratune.statistics import Interval, finite
 
-OPTION = "--tasks"
+OPTION = "tasks"
 
 Scale = Callable[[float], float]
 MEAN = "mean"
@@ -85,8 +85,12 @@ class TaskResults:
         """`TASK.METRIC` → metric."""
         return {f"{task}.{name}": metric for task, metrics in self.tasks.items() for name, metric in metrics.items()}
 
+    def judged(self, required: Sequence[Requirement]) -> "TaskResults":
+        """The results with a judgement on each requirement. required: on tasks only."""
+        return replace(self, requirements=[judge_task(one, self.metrics()) for one in required])
+
     def to_dict(self) -> outputs.Tasks:
-        """Plain values, under other keys than those of an evaluation on rows."""
+        """Plain values, under other keys than an evaluation on rows has."""
         tasks = {task: {name: one.to_dict() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
         values: Any = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
         required = [one.to_dict() for one in self.requirements]
@@ -146,8 +150,8 @@ def _on_scale(totals: Mapping[str, Any], counts: Any, scale: Scale, lower_is_bet
 
     The paired difference is computed for the mean or ratio, which is in nats if the metric is a perplexity. The
     difference and the ends of its interval are then converted to the metric's scale, starting from the base's metric.
-    So the interval of a difference of perplexities corresponds to that of their quotient, and has the same verdict as
-    the difference in nats.
+    So the interval of a difference of perplexities corresponds to the interval of their quotient, and has the same
+    verdict as the difference in nats.
     """
     found = mean_difference([(totals[ADAPTER] - totals[BASE], counts)], lower_is_better=lower_is_better)
     start = float(totals[BASE].sum() / counts.sum())
@@ -164,7 +168,7 @@ def _scaled(interval: Interval | None, scale: Scale) -> Interval | None:
     return scaled if scaled and math.isfinite(scaled.low) and math.isfinite(scaled.high) else None
 
 
-def parse(text: str) -> list[str]:
+def parse_tasks(text: str) -> list[str]:
     """The tasks of a comma-separated list, without duplicates.
 
     Raises:

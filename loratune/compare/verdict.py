@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from loratune.compare import metrics
-from loratune.compare.gain import Gain, item
+from loratune.compare.losses import LossComparison, item
 from loratune.compare.metrics import Difference, Values, share_difference
 from loratune.data.holding_out import MAX_LABELS
 from loratune.statistics import Interval, effective_rows, finite, widened, wilson
@@ -46,7 +46,7 @@ SHORT = 32
 _ROWS_PER_LABEL = 4
 """Expected answers count as labels if each occurs in this many rows on average, and there are at most `MAX_LABELS`."""
 _FEW = 100
-"""Rows with fewer of which a share of right answers is known to within 10 points at best."""
+"""With fewer rows, a share of right answers is known to within 10 points at best."""
 SLIGHTLY, _CLEARLY = 0.1, 0.5
 """Nats per token from which on a higher loss on other text is clear, and much: perplexities 10 % and 65 % higher.
 With the default settings SmolLM2-135M loses 0.05 to 0.15 (scripts/learning/README.md)."""
@@ -67,6 +67,7 @@ class Answers:
         over_majority: The paired difference, adapter minus always giving it.
         metric: What makes an answer right.
         looks: How many adapters these rows have chosen from; 1 if they chose nothing.
+        of_prompted: The share of right answers of the base with a prompt that tells it the task, if it was asked.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Answers:
     over_majority: Difference | None = None
     metric: str = metrics.EXACT_MATCH
     looks: int = 1
+    of_prompted: float | None = None
 
     @classmethod
     def of(
@@ -102,7 +104,7 @@ class Answers:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: shares from 0 to 1."""
-        left_out = ("over_base", "over_majority", "looks")
+        left_out = ("over_base", "over_majority", "looks", "of_prompted")
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         values["interval"] = finite(self.interval)
         values["over_base"] = self.over_base.to_dict()
@@ -126,15 +128,17 @@ def label_of(answers: Counter[Label]) -> Label | None:
     return answers.most_common(1)[0][0]
 
 
-def decide(gain: Gain, answers: Answers | None = None, *, collapsed: bool = False, looks: int = 1) -> Name:
+def decide_verdict(
+    losses: LossComparison, answers: Answers | None = None, *, collapsed: bool = False, looks: int = 1
+) -> Name:
     """The verdict by the table of this module.
 
     Args:
-        gain: The paired losses.
+        losses: The paired losses.
         answers: The paired answers, where there are short ones.
         collapsed: Whether the adapter has collapsed.
         looks: How many adapters these rows have chosen from; 1 if they chose nothing. What is found better must hold
-            for the chosen one of so many, by Bonferroni's correction; answers know theirs.
+            for the best of that many adapters, by Bonferroni's correction; `answers` have their own number.
     """
     if collapsed:
         return "collapsed"
@@ -142,12 +146,14 @@ def decide(gain: Gain, answers: Answers | None = None, *, collapsed: bool = Fals
         return "worse"
     if answers is not None and answers.beats_base:
         return "beats base and majority" if answers.beats_majority else "better than its base"
-    if gain.verdict == "worse":
+    if losses.verdict == "worse":
         return "worse"
-    if gain.high is not None and gain.high < (WORTH if gain.unit == "token" else _VISIBLE):
+    interval = losses.gain_interval
+    if interval is not None and interval.high < (WORTH if losses.unit == "token" else _VISIBLE):
         return "learned nothing"
-    low = None if gain.low is None else widened(Interval(gain.low, math.inf), gain.better_by, looks).low
-    return "better than its base" if gain.verdict == "gain" and low is not None and low > 0 else "cannot tell"
+    if losses.verdict != "gain" or interval is None:
+        return "cannot tell"
+    return "better than its base" if widened(interval, losses.better_by, looks).low > 0 else "cannot tell"
 
 
 def _better(difference: Difference, looks: int) -> bool:
@@ -157,106 +163,131 @@ def _better(difference: Difference, looks: int) -> bool:
     return low > 0 and looks * (difference.p or 0.0) < metrics.SIGNIFICANT
 
 
+Outcome = Literal["good", "bad", "open", ""]
+"""Whether an adapter is what it should be; `open` if that is not known, empty if it was not judged."""
+
+
+def outcome(verdict: str | None, answers: Answers | None, *, unseen: bool) -> Outcome:
+    """What a verdict, on the base or on another adapter, means to the user. unseen: whether rows judge that the adapter
+    was not trained on."""
+    if verdict in (None, "cannot tell", "indistinguishable"):
+        return "open"
+    if verdict not in (*GOOD, "better"):
+        return "bad"
+    if answers is not None and answers.beats_majority is False and answers.right <= (answers.of_majority or 0):
+        return "bad"
+    none_is_right = answers is not None and answers.majority is None and not answers.right
+    beaten = answers is None or answers.beats_majority is not False
+    return "good" if beaten and unseen and not none_is_right else "open"
+
+
 # Words
 
 
-def headline(name: Name, gain: Gain, answers: Answers | None = None) -> str:
+def headline(name: Name, losses: LossComparison, answers: Answers | None = None) -> str:
     """The verdict as a sentence for people who do not know the field."""
-    if not math.isfinite(gain.better_by):
-        return f"{name}: not all losses on {gain.sampled_rows()} are finite"
-    by_loss = f"{likelier(gain)}, on {_rows(gain)}"
-    other = "its base" if gain.other == "base" else "the adapter that it started from"
+    if not math.isfinite(losses.better_by):
+        return f"{name}: not all losses on {losses.sampled_rows()} are finite"
+    by_loss = f"{_loss_in_words(losses)}, on {_rows(losses)}"
+    other = "its base" if losses.other == "base" else "the adapter that it started from"
     if answers is None or (name == "worse" and answers.over_base.verdict != "worse"):
         found = by_loss
     elif name == "better than its base" and not answers.beats_base and answers.beats_majority is not False:
-        found = f"{by_loss}, but {right(answers, gain)}"
+        found = f"{by_loss}, but {_answers_in_words(answers, losses)}"
     else:
-        found = right(answers, gain)
+        found = _answers_in_words(answers, losses)
     match name:
         case "beats base and majority":
             return f"beats its base and always {_quoted(answers)}: {found}"
         case "better than its base":
-            if answers is not None and answers.beats_majority is False and answers.of_majority is not None:
-                by_guess = round(answers.of_majority * answers.rows)
-                found += f", {by_guess:,} would be by guessing so"
-                found += "; too few rows to tell" if answers.right > answers.of_majority else ""
-                return f"not better than always {_quoted(answers)}: {found}"
-            return f"better than {other}: {found}"
+            if answers is None or answers.of_majority is None or answers.beats_majority is not False:
+                return f"better than {other}: {found}"
+            is_open = answers.right > answers.of_majority
+            start = "too few rows to tell whether it beats" if is_open else "not better than"
+            by_guess = f"always {_quoted(answers)} would get {answers.of_majority * answers.rows:,.0f} right"
+            return f"{start} always {_quoted(answers)}: {found}; {by_guess}"
         case "cannot tell":
-            return f"cannot tell whether it is better than {other}: {found}{needed(gain, answers)}"
+            return f"cannot tell whether it is better than {other}: {found}{_more_rows(losses, answers)}"
         case "learned nothing":
-            is_small = gain.high is not None and gain.high < WORTH
+            is_small = losses.gain_interval is not None and losses.gain_interval.high < WORTH
             return f"learned nothing: {by_loss if is_small else 'the weights are as before'}"
         case "worse":
             return f"worse than {other}: {found}"
     return name
 
 
-def right(answers: Answers, gain: Gain) -> str:
+def _answers_in_words(answers: Answers, losses: LossComparison) -> str:
     """`30 of 30 held-out answers right (95 %: 89 to 100; base 0 %, majority 35 %)`."""
     count, ends = round(answers.right * answers.rows), ""
     if (interval := answers.interval) is not None:
         ends = f"95 %: {100 * interval.low:.0f} to {100 * interval.high:.0f}; "
     others = f"base {100 * answers.of_base:.0f} %"
     others += "" if answers.of_majority is None else f", majority {100 * answers.of_majority:.0f} %"
+    others += "" if answers.of_prompted is None else f", prompted base {100 * answers.of_prompted:.0f} %"
     if answers.metric in metrics.MEANS:
-        return f"{answers.metric} {100 * answers.right:.0f} % on {_rows(gain)} ({ends}{others})"
+        return f"{answers.metric} {100 * answers.right:.0f} % on {_rows(losses)} ({ends}{others})"
     by = "" if answers.metric == metrics.EXACT_MATCH else f" by {answers.metric}"
-    return f"{count:,} of {answers.rows:,} {_kind(gain)} answers right{by} ({ends}{others})"
+    return f"{count:,} of {answers.rows:,} {_kind(losses)} answers right{by} ({ends}{others})"
 
 
-def likelier(gain: Gain) -> str:
+def _loss_in_words(losses: LossComparison) -> str:
     """A difference of losses in words: `each expected token became 1.7 times as likely`."""
-    if gain.unit != "token":
-        return f"the loss per {gain.unit} went from {gain.base:.3f} to {gain.adapter:.3f}"
-    times = math.exp(min(abs(gain.better_by), 700.0))
+    if losses.unit != "token":
+        return f"the loss per {losses.unit} went from {losses.base:.3f} to {losses.adapter:.3f}"
+    times = math.exp(min(abs(losses.better_by), 700.0))
     text = f"{times:.2f}" if times < 1.1 else f"{times:.1f}" if times < 10 else f"{times:,.0f}"
-    how = "likely" if gain.better_by >= 0 else "unlikely"
+    how = "likely" if losses.better_by >= 0 else "unlikely"
     return f"each expected token became {text if times < 1e6 else 'over a million'} times as {how}"
 
 
-def needed(gain: Gain, answers: Answers | None) -> str:
+def _more_rows(losses: LossComparison, answers: Answers | None) -> str:
     """How many rows would tell, as the end of a sentence; empty if that is unknown."""
-    if gain.low is None:
+    if losses.difference.interval is None:
         return "; too few rows for more"
-    rows = answers.over_base.rows_needed if answers is not None else gain.rows_needed
+    rows = (losses.difference if answers is None else answers.over_base).rows_needed
     if rows is None:
         return ""
+    return f"; {about(rows)} held-out {item(losses.unit)}s would tell"
+
+
+def about(rows: int) -> str:
+    """`about 130`: an estimate, rounded up to two significant digits."""
     step: int = 10 ** max(0, len(str(rows)) - 2)
-    return f"; about {math.ceil(rows / step) * step:,} held-out {item(gain.unit)}s would tell"
+    return f"about {math.ceil(rows / step) * step:,}"
 
 
-def change(nats: float, *, significant: bool) -> str:
-    """A higher loss on other text in words; one scale for all commands. significant: its interval is above 0."""
-    if not significant:
+def change(losses: LossComparison) -> str:
+    """A higher loss on other text in words; one scale for all commands."""
+    nats = losses.difference.value
+    if not losses.is_higher:
         return "as before" if nats < SLIGHTLY else "perhaps worse"
     return "slightly worse" if nats < SLIGHTLY else "clearly worse" if nats < _CLEARLY else "much worse"
 
 
-def doubt(gain: Gain, *, chose: bool, leaked: bool = False) -> str:
+def doubt(losses: LossComparison, *, chose: bool, leaked: bool = False) -> str:
     """What speaks against relying on a verdict; empty if nothing does. chose: whether its rows chose the step. leaked:
     whether some of them are also training rows."""
-    if gain.split == "training":
+    if losses.split == "training":
         few = "hold some out, as by data.validation=0.2"
-        if gain.validation_rows is not None:
-            few = f"the held-out {item(gain.unit)}s are too few that differ ({gain.validation_rows}); collect more"
+        if losses.validation_rows is not None:
+            few = f"the held-out {item(losses.unit)}s are too few that differ ({losses.validation_rows}); collect more"
         return f"only by rows that it was trained on, which says little: {few}"
     if leaked:
         return "no: held-out rows are also training rows, see above"
-    if gain.rows < _FEW or chose:
+    if losses.rows < _FEW or chose:
         also = ", which also chose the step, so optimistic" if chose else ""
-        return f"only {plural(gain.rows, item(gain.unit))}{also}; test on unseen ones (below)"
+        return f"only {plural(losses.rows, item(losses.unit))}{also}; test on unseen ones (below)"
     return ""
 
 
-def _rows(gain: Gain) -> str:
-    found = plural(gain.total, f"{_kind(gain)} {item(gain.unit)}")
-    distinct = f", of which {gain.rows:,} differ" if gain.rows < gain.drawn else ""
-    return f"{'' if gain.drawn == gain.total else f'{gain.drawn:,} of '}{found}{distinct}"
+def _rows(losses: LossComparison) -> str:
+    found = plural(losses.total, f"{_kind(losses)} {item(losses.unit)}")
+    distinct = f", {losses.rows:,} of them distinct" if losses.rows < losses.drawn else ""
+    return f"{'' if losses.drawn == losses.total else f'{losses.drawn:,} of '}{found}{distinct}"
 
 
-def _kind(gain: Gain) -> str:
-    return "training" if gain.split == "training" else "held-out"
+def _kind(losses: LossComparison) -> str:
+    return "training" if losses.split == "training" else "held-out"
 
 
 def _quoted(answers: Answers | None) -> str:

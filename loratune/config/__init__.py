@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from loratune.codes import Code
 from loratune.config import yaml_files
-from loratune.config.keys import REMOVED, KeyPath, dotted, groups, nearest_name, suggestion
+from loratune.config.keys import REMOVED, KeyPath, dotted, groups, known_keys, nearest_name, suggestion
 from loratune.config.portability import has_one_scale as has_one_scale
 from loratune.config.portability import highest_rank as highest_rank
 from loratune.config.portability import is_plain as is_plain
@@ -62,7 +62,7 @@ def load_with_lines(
 def for_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
     """The default config for a model, with assignments applied, for uses without rows. Raises ConfigError."""
     values = {"model": {"name_or_path": name_or_path}, "data": {"train": "rows"}, "output_dir": "adapter"}
-    return from_values(values, "--model", assignments)
+    return from_values(values, "`model=...`", assignments)
 
 
 def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> RunConfig:
@@ -176,14 +176,14 @@ def paths(config: RunConfig) -> list[tuple[str, str]]:
     return found
 
 
-def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, str], ...]:
+def input_paths(config_file: Path | None, config: RunConfig) -> tuple[tuple[str, str], ...]:
     """The existing local files and directories that a run reads, which must not be overwritten.
 
     Returns:
         The name of each in messages, e.g. `data.train`, and its path; for a glob, the directory that it searches.
     """
     found = [("the config file", str(config_file))] if config_file is not None else []
-    for key, named in paths(run):
+    for key, named in paths(config):
         path = os.path.expanduser(named)
         if glob.has_magic(path) and not os.path.lexists(path):
             path = str(next(parent for parent in Path(path).parents if not glob.has_magic(str(parent))))
@@ -192,10 +192,10 @@ def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, st
     return tuple((name, path) for name, path in found if os.path.lexists(path))
 
 
-def files_read(run: RunConfig) -> Iterator[tuple[str, str]]:
+def files_read(config: RunConfig) -> Iterator[tuple[str, str]]:
     """As `input_paths`, of a run whose adapter a command reads: with the files of a directory or glob of rows, beside
     which outputs may be written."""
-    for key, named in paths(run):
+    for key, named in paths(config):
         path = os.path.expanduser(named)
         found = glob.iglob(path, recursive=True) if glob.has_magic(path) and not os.path.lexists(path) else [path]
         if key.startswith(("data.", "retention.")) and os.path.isdir(path) and os.access(path, os.R_OK):
@@ -206,6 +206,8 @@ def files_read(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 # Errors of pydantic
 
+_FIRST_KEYS = {"model": "name_or_path", "data": "train"}
+"""Section → the key to which its value belongs where a text stands in place of the section."""
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -254,7 +256,9 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
     kind, error = details["type"], details.get("ctx", {}).get("error")
     if group[0]["type"] == "extra_forbidden":
         what = "this key was removed" if key in REMOVED else "unknown key"
-        return Problem(Code.CONFIG_UNKNOWN_KEY, what, where, key, suggestion(path))
+        empty = [name for name, value in document.values.items() if value is None and (name, *path) in known_keys()]
+        fix = f"indent it under `{empty[0]}:`" if empty else suggestion(path)
+        return Problem(Code.CONFIG_UNKNOWN_KEY, what, where, key, fix)
     if group[0]["type"] == "missing":
         return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
     if isinstance(error, InvalidSettingError) and error.keys:
@@ -263,6 +267,11 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
     fix = ""
     if kind in _EXPECTED or kind == "literal_error":
         what, fix = _expectation(group)
+        given = group[0]["input"]
+        if isinstance(given, str) and (first := _FIRST_KEYS.get(key)) is not None:
+            fix = f"write `{key}:`, and below it, indented, `{first}: {given}`"
+        elif isinstance(given, str) and yaml_files.number(given.replace(",", ".")) is not None:
+            fix = f"write {given.replace(',', '.')}, with a point"
     elif kind.endswith("too_short"):
         return Problem(Code.CONFIG_BAD_VALUE, "must not be empty", where, key)
     else:

@@ -43,6 +43,7 @@ MEMORY_AND_TIME = {
     "data.train": "time grows with the tokens of all rows, memory with those of the longest",
     "data.validation": "each evaluation is a forward pass over its rows, see training.eval_steps",
     "data.test": "one forward pass over its rows, at the end",
+    "data.max_train_samples": "time grows with it, memory does not",
     "data.reasoning": "train and mask: more rows where the template drops the reasoning of earlier answers",
     "data.loss_on": "all takes most: accelerated models compute logits of supervised tokens only",
     "data.max_length": "the longest rows determine peak memory; attention time grows with the square of the length",
@@ -71,7 +72,7 @@ MEMORY_AND_TIME = {
 
 _AUTO = (
     "model.dtype", "model.use_liger_kernel", "lora.r", "lora.lora_alpha", "lora.target_modules",
-    "data.sample_by", "data.format", "data.truncation", "data.share_prefixes",
+    "data.sample_by", "data.format", "data.empty_reasoning", "data.truncation", "data.share_prefixes",
     "training.learning_rate", "training.num_train_epochs", "training.warmup_steps", "training.lr_scheduler_type",
     "retention.kl_weight", "retention.num_samples",
 )  # fmt: skip
@@ -104,6 +105,7 @@ _OTHER_NAMES = {
     "chat_template": "template",
     "chat_template_kwargs": "template_kwargs chat_template_args",
     "train": "dataset datasets",
+    "max_train_samples": "max_samples",
     "validation": "val_size val_set_size",
     "lr_scheduler_type": "scheduler",
     "objective": "stage rl rlhf_type",
@@ -260,13 +262,13 @@ def kind(schema: Schema, quote: str = "") -> str:
 def yaml_flow(value: Any) -> str:
     """A value as YAML on one line. A string by itself is unchanged."""
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_scalar(key)}: {_scalar(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{yaml_scalar(key)}: {yaml_scalar(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_scalar, value))}]"
+        return f"[{', '.join(map(yaml_scalar, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
     """A value inside a list or mapping. A string that YAML could read as another type is quoted, as in JSON."""
     if isinstance(value, str) and not (_PLAIN.fullmatch(value) and yaml.safe_load(value) == value):
         return json.dumps(value, ensure_ascii=False)
@@ -355,14 +357,19 @@ def suggestion(path: KeyPath) -> str:
     name, keys = str(path[-1]).lower(), list(known_keys())
     section = tuple(part for part in path[:-1] if isinstance(part, str))  # without list indices
     siblings = [str(key[-1]) for key in keys if key[:-1] == section]
-    own_name = OTHER_NAMES.get(name, name)
     near = "" if name in OTHER_NAMES else nearest_name(name, siblings, 0.6)
-    if not near and not any(key[-1] == own_name for key in keys):
-        own_name = nearest_name(name, [str(key[-1]) for key in keys], 0.8)
-    near = near or next((dotted(key) for key in keys if key[-1] == own_name), "")
-    if near:
+    if near := near or named_elsewhere(name):
         return f"did you mean `{near}`?"
     return f"known here: {', '.join(siblings)}" if siblings else "remove it"
+
+
+def named_elsewhere(name: str) -> str:
+    """The key that has this name, or a similar one, in a section or in another tool; empty if there is none."""
+    keys = list(known_keys())
+    own_name = OTHER_NAMES.get(name, name)
+    if not any(key[-1] == own_name for key in keys):
+        own_name = nearest_name(name, [str(key[-1]) for key in keys], 0.8)
+    return next((dotted(key) for key in keys if key[-1] == own_name), "")
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -61,7 +61,7 @@ class ModelSection(Section):
     use_liger_kernel: bool | Auto = Field(
         AUTO,
         description="Liger's norms, rotary embeddings and activations, on a GPU, by `pip install liger-kernel`; auto: "
-        "if `loratune env --self-test` has found them right and faster on it",
+        "if they are installed, and the check before training finds that the model computes the same with them",
     )
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:

@@ -13,7 +13,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     WithJsonSchema,
     model_validator,
 )
@@ -122,7 +121,13 @@ WEIGHT, MOST_WEIGHT = COLUMNS[-1], 1_000_000
 """The field with the factor of a row in the loss, and the largest factor."""
 
 
-Label = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+def _check_label(label: str) -> str:
+    if not label.strip():
+        raise ValueError("must not be empty")
+    return label
+
+
+Label = Annotated[str, AfterValidator(_check_label)]
 UNLABELLED = ("text", "input_ids", "preference", "unpaired_preference")
 """Formats whose rows have no answer that `data.labels` could replace."""
 
@@ -142,6 +147,12 @@ class DataSection(Section):
     group_by: str | None = Field(
         None, min_length=1, description="rows equal in this field stay in one split when a fraction is held out"
     )
+    max_train_samples: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="how many of the training rows are used, each label in its share; fewer rows are a part of more",
+    )
     sample_by: Literal["auto", "line", "paragraph", "document"] = Field(
         AUTO, description="what is a row of a text file; auto: a line of .txt, otherwise the document"
     )
@@ -156,7 +167,7 @@ class DataSection(Section):
     )
     labels: dict[Label, Label] = Field(
         {},
-        description="last answer of a row, without the white space around it → what is learned instead, e.g. "
+        description="last answer of a row, with or without the white space around it → what is learned instead, e.g. "
         "{biling: billing}",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
@@ -167,6 +178,11 @@ class DataSection(Section):
         "train",
         description="reasoning of answers: train: supervised, each answer after its own; mask: not supervised; drop: "
         "removed",
+    )
+    empty_reasoning: Literal["auto", "supervised", "context"] = Field(
+        AUTO,
+        description="the empty block of reasoning in answers without any: supervised; or context, which prompts have "
+        "by default; auto: context if no row reasons",
     )
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "completion",
@@ -230,8 +246,9 @@ class DataSection(Section):
         if self.format in ("text", "input_ids") and self.chat_template is not None:
             message = f"{self.format} rows do not go through a chat template"
             yield InvalidSettingError(message, "format", "chat_template")
-        if self.reasoning == "mask" and self.loss_on == "all":
-            yield InvalidSettingError("loss_on all supervises every token", "reasoning", "loss_on")
+        for key, value in {"reasoning": "mask", "empty_reasoning": "context"}.items():
+            if getattr(self, key) == value and self.loss_on == "all":
+                yield InvalidSettingError("loss_on all supervises every token", key, "loss_on")
         if self.reasoning == "mask" and self.prompt_loss_weight:
             message = "masked reasoning would have the weight of a prompt, and mask gives it none"
             yield InvalidSettingError(message, "reasoning", "prompt_loss_weight", fix="choose one of the two")

@@ -21,13 +21,17 @@ from loratune.codes import Code
 from loratune.config.keys import KeyPath, dotted
 from loratune.config.schema import RunConfig
 from loratune.errors import ConfigError, Problem
-from loratune.text import one_line
+from loratune.system.files import beside
+from loratune.text import one_line, shell_word
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 32
 MAX_PROBLEMS = 20
-OPTION = "--set"
+OVERRIDES = "`overrides=...`"
+"""The place of a value that an assignment has set."""
 
+_OF_ROWS = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".xlsx")
+"""Endings of files that hold rows, never a config."""
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"([-+]?\.inf|\.nan)", re.IGNORECASE)
@@ -50,10 +54,10 @@ class Document:
         """`file:line` of `path` or its nearest ancestor in the file, or the option that set it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
-                return OPTION
+                return OVERRIDES
             if path[:end] in self.lines:
                 return f"{self.source}:{self.lines[path[:end]]}"
-        return OPTION if any(key[: len(path)] == path for key in self.overridden) else self.source
+        return OVERRIDES if any(key[: len(path)] == path for key in self.overridden) else self.source
 
 
 def read(path: Path) -> Document:
@@ -61,6 +65,9 @@ def read(path: Path) -> Document:
 
     Raises ConfigError: not a readable UTF-8 YAML mapping of at most 256 KiB, or it has duplicate or ambiguous values.
     """
+    if path.suffix in _OF_ROWS:
+        fix = f"`loratune init {shell_word(str(path))} --model MODEL` writes a config for it"
+        raise ConfigError(Problem(Code.CONFIG_UNREADABLE, "is a file of rows, not a config", str(path), fix=fix))
     document = parse(_read_text(path), str(path))
     if not document.values:
         problem = Problem(Code.CONFIG_UNREADABLE, "the file is empty", str(path), fix="`loratune init` writes a config")
@@ -69,7 +76,7 @@ def read(path: Path) -> Document:
 
 
 def _read_text(path: Path) -> str:
-    where, raw = str(path), b""
+    where, raw, fix = str(path), b"", "name a config, a YAML file in UTF-8"
     try:
         if path.is_fifo():
             raise OSError(errno.EINVAL, "it is a pipe")
@@ -80,10 +87,12 @@ def _read_text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
+        fix = "" if path.exists() else beside(path, lambda one: one.suffix in (".yaml", ".yml"))
+        fix = fix or "name a config, a YAML file in UTF-8; `loratune init ROWS --model MODEL` writes one"
     except UnicodeDecodeError as error:
         where = f"{where}:{raw.count(10, 0, error.start) + 1}"
         what = f"byte {error.start} is not UTF-8"
-    raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where, fix="name a config, a YAML file in UTF-8"))
+    raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where, fix=fix))
 
 
 def parse(text: str, source: str) -> Document:
@@ -111,6 +120,12 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(filter(None, (error.problem, error.context)))
         fix = error.note or ("indent with spaces" if "'\\t'" in what else "")
+        is_of_blocks = what.startswith(
+            ("mapping values are not allowed here", "expected <block end>", "could not find expected ':'")
+        )
+        if mark is not None and is_of_blocks and (found := _layout_problem(text, mark.line)) is not None:
+            number, what, fix = found
+            raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, f"{source}:{number}", fix=fix)) from None
     except ReaderError as error:
         mark, line = None, text.count("\n", 0, error.position)
         what = f"the control character U+{error.character:04X}"
@@ -119,6 +134,37 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         what, fix = "an escape that names no character", "the last character is \\U0010FFFF"
     where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else f"{source}:{line + 1}"
     raise ConfigError(Problem(Code.CONFIG_SYNTAX, f"invalid or unsupported YAML: {what}", where, fix=fix))
+
+
+def _layout_problem(text: str, number: int) -> tuple[int, str, str] | None:
+    """The line that is written wrongly, what is wrong with it, and what to do; None if that is not known.
+
+    number: the line at which the parser stopped, counted from 0, which is often the one after it.
+    """
+    lines = text.splitlines()
+    for place in range(min(number, len(lines) - 1), max(-1, number - 3), -1):
+        if (joined := re.fullmatch(r"\s*([a-z_]+):(?=[^\s:/\\])(.*)", lines[place])) is not None:
+            return place + 1, "there is no space after the colon", f"write `{joined[1]}: {joined[2]}`"
+    if number >= len(lines) or not (content := lines[number].lstrip(" ")) or content[0] in "\t#" or ":" not in content:
+        return None
+    depth = len(lines[number]) - len(content)
+    above = [(place, line) for place, line in enumerate(lines[:number], 1) if line.strip() and line.strip()[0] != "#"]
+    depths = [(place, len(line) - len(line.lstrip(" "))) for place, line in above]
+    if not above:
+        return None
+    place, last = depths[-1]
+    has_value = re.fullmatch(r"[^:#]+:\s+[^\s#|>].*", above[-1][1].strip()) is not None
+    if depth > last and has_value:
+        empty = re.fullmatch(r"([a-z_]+):\s*(#.*)?", above[-2][1]) if last == 0 and len(above) > 1 else None
+        if empty is not None:
+            what = f"line {place} is not indented, but line {number + 1} after it is"
+            return place, what, f"indent it under `{empty[1]}:`, like line {number + 1}"
+        what = f"line {number + 1} is indented deeper than line {place}, which has a value already"
+        return number + 1, what, "align keys of one section"
+    if depth < last and depth not in (one for _, one in depths):
+        what = f"line {number + 1} is indented less than line {place}, and not as any line above it"
+        return number + 1, what, "align keys of one section"
+    return None
 
 
 def override(document: Document, assignments: Sequence[str]) -> None:
@@ -133,7 +179,7 @@ def override(document: Document, assignments: Sequence[str]) -> None:
 
 def _assign(document: Document, assignment: str) -> None:
     def refuse(what: str, key: str = "") -> ConfigError:
-        return ConfigError(Problem(Code.CONFIG_SYNTAX, what, OPTION, key))
+        return ConfigError(Problem(Code.CONFIG_SYNTAX, what, OVERRIDES, key))
 
     name, equals, text = assignment.partition("=")
     name = name.strip()
@@ -141,11 +187,11 @@ def _assign(document: Document, assignment: str) -> None:
     if not equals or not all(path):
         raise refuse(f"`{assignment}` is not of the form section.key=value")
     try:
-        parsed = parse(f"value: {text}", OPTION).values
+        parsed = parse(f"value: {text}", OVERRIDES).values
     except ConfigError as error:
         keys = [problem.key.replace("value", name, 1) or name for problem in error.problems]
-        problems = [replace(problem, where=OPTION, key=key) for problem, key in zip(error.problems, keys, strict=True)]
-        raise ConfigError(problems) from None
+        problems = zip(error.problems, keys, strict=True)
+        raise ConfigError([replace(problem, where=OVERRIDES, key=key) for problem, key in problems]) from None
     if len(parsed) > 1:
         raise refuse("expected one value, not several lines", name)
     target = document.values

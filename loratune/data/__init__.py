@@ -19,21 +19,20 @@ from loratune.config import DataSection, Source
 from loratune.config.sections import WEIGHT
 from loratune.data import token_cache
 from loratune.data.example_tokenizer import BATCH_ROWS, ExampleTokenizer, in_batches
-from loratune.data.holding_out import replay_numbers
+from loratune.data.holding_out import random_mask
 from loratune.data.remarks import first_examples, remark_on_arguments, remark_on_lost_characters
 from loratune.data.rendering import Renderer, spans
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.report import Report, total
 from loratune.data.splits import DatasetSplit, RawDatasets, find_duplicates, find_leaks, read_datasets, read_source
-from loratune.data.token_cache import TokenCache, TokenCacheWriter, remove_old_entries
+from loratune.data.token_cache import ROWS, TokenCache, TokenCacheWriter
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import reading
 
 __all__ = [
-    "DatasetSplit", "RawDatasets", "TokenizedDataset", "check_positions", "find_leaks",
-    "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
-    "read_source", "remark_on_arguments", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
-    "unrelated_kinds",
+    "ROWS", "DatasetSplit", "RawDatasets", "TokenizedDataset", "check_positions", "find_leaks", "first_examples",
+    "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets", "read_source",
+    "remark_on_arguments", "remark_on_lost_characters", "replay_numbers", "unrelated_kinds",
 ]  # fmt: skip
 
 UNRELATED_TEXT = Path(__file__).parent / "general.jsonl"
@@ -202,6 +201,25 @@ def unrelated_kinds() -> dict[str, list[int]]:
     for number, line in enumerate(UNRELATED_TEXT.read_text(encoding="utf-8").splitlines()):
         found.setdefault(json.loads(line)["kind"], []).append(number)
     return found
+
+
+def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]:
+    """Draw the rows of an earlier run that are mixed into a run at a given fraction.
+
+    If there are too few, all are repeated equally often before the rest is drawn.
+
+    Args:
+        own: Rows of the run.
+        earlier: Rows of the earlier run.
+        share: The fraction of earlier rows in the mix, between 0 and 1; at least one row is used.
+        seed: Random seed.
+
+    Returns:
+        Numbers of rows of the earlier run.
+    """
+    whole, rest = divmod(max(1, round(own * share / (1 - share))), earlier)
+    drawn = np.flatnonzero(random_mask(earlier, rest, np.random.default_rng([seed, 2])))
+    return [*range(earlier)] * whole + drawn.tolist()
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:

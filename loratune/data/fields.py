@@ -1,5 +1,6 @@
-"""Finds the fields that hold questions, texts, answers and classes, by value and name, for `loratune init`."""
+"""Finds the fields that hold questions, texts, answers and classes, by name and value, for `loratune init`."""
 
+import difflib
 import re
 import unicodedata
 from collections import Counter
@@ -14,7 +15,6 @@ from loratune.data.formats import Conversation, Example, Plain, quote
 from loratune.data.formats.recognition import FORMATS
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
 from loratune.data.report import RowTally
-from loratune.data.row_index import completion_key
 from loratune.data.sources import format_error, open_source
 from loratune.data.sources.rows import Row
 from loratune.data.splits import DatasetSplit, RawDatasets, read_datasets
@@ -22,15 +22,13 @@ from loratune.errors import DataError, Problem
 from loratune.events import reading
 from loratune.text import listed
 
+LABEL_TOKENS = 16
+"""The largest median of supervised tokens for completions to count as labels."""
 _MOST, _LONGEST, _LEAST_ROWS = 1_000, 80, 3
 """Limits of a field of classes: the most values, the most characters of a value, and the fewest rows per value for up
 to 100 values; beyond 100, `UNITS_PER_LABEL` rows per value are needed."""
-LABEL_TOKENS = 16
-"""The largest median of supervised tokens for completions to count as labels."""
 _SHOWN = 20
 """The most classes that a line lists."""
-_LEAST_LETTERS = 5
-"""The fewest letters of a word in which one differing letter counts as a typo."""
 _MOST_GLUED = 0.9
 """If prompt and answer lack a separator in at least this share of rows, the chat template is proposed."""
 
@@ -47,14 +45,9 @@ _ORIGINS = (
 )  # fmt: skip
 _QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "source")
 _CONTEXTS = ("input", "context", "passage")
-_CHOSEN = ("chosen", "preferred", "winner", "better", "chosen_response", "response_chosen", "response_j")
-_REJECTED = ("rejected", "dispreferred", "loser", "worse", "rejected_response", "response_rejected", "response_k")
+_CHOSEN = ("chosen", "preferred", "chosen_response", "response_chosen")
+_REJECTED = ("rejected", "dispreferred", "rejected_response", "response_rejected")
 _CHATS = ("conversation", "dialogue", "dialog", "chat", "turns")
-_AS_CHAT: dict[tuple[str, ...], dict[str, str]] = {
-    ("prompt_completion",): {"instruction": "prompt", "output": "completion"},
-    ("preference",): {"instruction": "prompt"},
-}
-"""Formats of the files → the columns with which their texts go through the chat template."""
 
 
 @dataclass(frozen=True)
@@ -78,65 +71,60 @@ def read(section: DataSection, *, chat: bool) -> tuple[RawDatasets, ColumnChoice
     Raises:
         DataError: As `read_datasets`; or the fields fit no format, and their names do not identify them either.
     """
-
-    def of(columns: Mapping[str, str]) -> RawDatasets:
-        return read_datasets(section.model_copy(update={"columns": columns}), 0)
-
     try:
-        raw = of(section.columns)
+        raw = read_datasets(section, 0)
     except DataError as error:
         choice = _columns_for(error, section, chat=chat)
-        return of(choice.columns), choice
+        return read_datasets(section.model_copy(update={"columns": choice.columns}), 0), choice
     choice = _better_columns(raw.train, section, chat=chat)
-    if not choice.columns:
-        return raw, replace(choice, columns=section.columns, why="")
+    if choice.columns == section.columns:
+        return raw, choice
     try:
-        return of(choice.columns), choice
+        return read_datasets(section.model_copy(update={"columns": choice.columns}), 0), choice
     except DataError as error:  # such as rows that lack the field
         line = f"read as they are, as not all fit data.columns {yaml_flow(choice.columns)}: {error.problems[0]}"
-        return raw, ColumnChoice(section.columns, remarks=(line,))
+        return raw, ColumnChoice(remarks=(line,))
 
 
 def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> ColumnChoice:
     """Columns for rows whose fields fit no format. error: the error about them, raised again if no columns fit."""
-    problem = error.problems[0]
-    unread = problem.key == "data.columns"
+    problem, source = error.problems[0], section.train_sources[0]
     if section.columns or problem.code != Code.DATA_FORMAT or problem.key not in ("", "data.columns"):
         raise error
-    rows = (row for part in open_source(section.train_sources[0], section.sample_by) for row in part.rows())
+    rows = (row for part in open_source(source, section.sample_by) for row in part.rows())
     columns = propose_columns(next(row.values for row in rows if isinstance(row, Row)), chat=chat)
-    if not unread and columns.keys() <= {"text"}:
-        choice = _survey_and_choose(section, columns.get("text", ""), chat=chat)
-        if choice.columns or columns:
-            return replace(choice, columns=choice.columns or columns, why=choice.why or _BY_NAMES)
-    if columns:
-        return ColumnChoice(columns, _BY_NAMES)
-    if unread:
+    choice = ColumnChoice(columns, "the fields fit no format as they are, and their names say what they hold")
+    if not problem.key and columns.keys() <= {"text"}:
+        by_value = _survey(section, columns.get("text", ""), chat=chat)
+        choice = by_value if by_value.columns else replace(choice, remarks=by_value.remarks)
+    if choice.columns:
+        return choice
+    if problem.key:
         raise error
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
     fix = f"rows have {known}; say which is which: {assignment('data.columns', dict.fromkeys(_keys(chat), 'YOURS'))}"
     fix += ", or with chosen and rejected for preferences"
-    problems = [replace(problem, fix=fix) for problem in error.problems]
-    raise format_error(problems, section.train_sources[0], section.sample_by) from None
-
-
-_BY_NAMES = "the fields fit no format as they are, and their names say what they hold"
+    raise format_error([replace(problem, fix=fix) for problem in error.problems], source, section.sample_by) from None
 
 
 def _better_columns(split: DatasetSplit, section: DataSection, *, chat: bool) -> ColumnChoice:
     """Better columns for rows that have a format already; empty if there are none."""
+    fields = set.intersection(*(set(file.parser.fields) for file in split.files))
     if section.columns or section.format != "auto":
-        return ColumnChoice()
-    fields = {name for file in split.index.files for name in file.parser.fields}
-    if tuple(split.formats) == ("text",) and len(fields) > 1:
-        return _survey_and_choose(section, "text", chat=chat)
-    columns = _AS_CHAT.get(tuple(split.formats), {}) if chat else {}
-    if columns and all("prompt" in file.parser.fields for file in split.index.files):
-        separators = split.separators
-        if separators.missing >= _MOST_GLUED * separators.rows:
-            why = "joined as text, prompt and answer would run together: so they go through the chat template"
-            return ColumnChoice(columns, why)
+        return ColumnChoice(section.columns)
+    if split.formats == ["text"] and any(len(file.parser.fields) > 1 for file in split.files):
+        return _survey(section, "text", chat=chat)
+    is_plain = split.formats in (["prompt_completion"], ["preference"]) and "prompt" in fields
+    if chat and is_plain and split.separators.missing >= _MOST_GLUED * split.separators.rows:
+        columns = {"instruction": "prompt"} | ({} if split.kind else {"output": "completion"})
+        why = "joined as text, prompt and answer would run together: so they go through the chat template"
+        return ColumnChoice(columns, why)
     return ColumnChoice()
+
+
+def _keys(chat: bool) -> tuple[str, str]:
+    """The keys of rows whose texts go through a chat template, or that are joined as text."""
+    return ("instruction", "output") if chat else ("prompt", "completion")
 
 
 def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
@@ -147,35 +135,27 @@ def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
         chat: Whether questions and answers may become conversations; otherwise they are joined as text.
     """
 
-    def named(known: Sequence[str]) -> list[str]:
-        return [name for word in known for name in fields if name.lower() == word]
+    def named(words: Sequence[str], kind: type = str) -> list[str]:
+        return [name for word in words for name in fields if name.lower() == word and isinstance(fields[name], kind)]
 
-    def texts(known: Sequence[str]) -> list[str]:
-        return [name for name in named(known) if isinstance(fields[name], str)]
-
-    questions, contexts, answers = texts(_QUESTIONS), texts(_CONTEXTS), texts(_ANSWERS)
+    questions, contexts, answers = named(_QUESTIONS), named(_CONTEXTS), named(_ANSWERS)
     if not questions:
         questions, contexts = contexts, []
+    chats, chosen, rejected = named(_CHATS, list), named(_CHOSEN, object), named(_REJECTED, object)
     columns: dict[str, str] = {}
-    chats, chosen, rejected = named(_CHATS), named(_CHOSEN), named(_REJECTED)
     if len(chosen) == len(rejected) == 1:
         is_instruction = chat and isinstance(fields[chosen[0]], str)
         if len(questions) == 1:
             columns = {"instruction" if is_instruction else "prompt": questions[0]}
             columns |= {"input": contexts[0]} if is_instruction and len(contexts) == 1 else {}
         columns |= {"chosen": chosen[0], "rejected": rejected[0]}
-    elif len(chats) == 1 and isinstance(turns := fields[chats[0]], list) and turns and isinstance(turns[0], dict):
+    elif len(chats) == 1 and (turns := fields[chats[0]]):
         columns = {"messages" if "role" in turns[0] else "conversations": chats[0]}
     elif len(questions) == len(answers) == 1 and len(contexts) <= chat:
         columns = dict(zip((*_keys(chat), "input"), (questions[0], answers[0], *contexts), strict=False))
-    elif not questions and not answers and len(found := texts(_DOCUMENTS)) == 1:
+    elif not questions and not answers and len(found := named(_DOCUMENTS)) == 1:
         columns = {"text": found[0]}
     return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-
-
-def _keys(chat: bool) -> tuple[str, str]:
-    """The keys of rows whose texts go through a chat template, or that are joined as text."""
-    return ("instruction", "output") if chat else ("prompt", "completion")
 
 
 @dataclass
@@ -195,22 +175,16 @@ class _Column:
     values: Counter[str] | None = field(default_factory=Counter)
 
     def add(self, value: object) -> None:
-        if not isinstance(value, str):
-            self.others += value is not None
-            self.values = None if isinstance(value, float | list | dict) else self.values
-        else:
-            self.texts += 1
-            self.spaced += " " in value.strip()
-        if self.values is not None and value is not None:
-            shown = str(value)
+        if value is None:
+            return
+        shown = str(value) if isinstance(value, str | int) else ""
+        self.texts += isinstance(value, str)
+        self.spaced += isinstance(value, str) and " " in shown.strip()
+        self.others += not isinstance(value, str)
+        if self.values is not None:
             self.values[shown] += 1
-            if len(shown) > _LONGEST or "\n" in shown or len(self.values) > _MOST:
-                self.values = None
-
-    @property
-    def is_numbers(self) -> bool:
-        """Whether all values are whole numbers, which may be ids of classes that another field names."""
-        return all(value.strip().isdigit() for value in self.values or [""])
+            can_be_classes = isinstance(value, str | int) and len(shown) <= _LONGEST and "\n" not in shown
+            self.values = self.values if can_be_classes and len(self.values) <= _MOST else None
 
     def classes(self, rows: int) -> int:
         """The number of different values, if they are few enough to be classes; otherwise 0."""
@@ -219,7 +193,7 @@ class _Column:
         return count if is_few else 0
 
 
-def _survey_and_choose(section: DataSection, text: str, *, chat: bool) -> ColumnChoice:
+def _survey(section: DataSection, text: str, *, chat: bool) -> ColumnChoice:
     """`choose_answer` for the training rows."""
     parts = [part for source in section.train_sources for part in open_source(source, section.sample_by)]
     with reading("looking for classes", sum(part.size for part in parts)) as advance:
@@ -238,12 +212,21 @@ def choose_answer(rows: Iterable[Row], text: str, *, chat: bool) -> ColumnChoice
     Raises:
         DataError: Several fields may be the answer.
     """
-    columns, count, first = _survey(rows)
+    columns: dict[str, _Column] = {}
+    count, first = 0, ""
+    for row in rows:
+        count, first = count + 1, first or row.where
+        for name, value in row.values.items():
+            columns.setdefault(name, _Column()).add(value)
     usual = {name: one for name, one in columns.items() if one.texts >= count / 2 and not one.others}
-    text = text or _text(usual, count)
-    usual.pop(text, None)
+    if not text:  # the only field with many values, with a known name, or with several words
+        many = [name for name, one in usual.items() if not one.classes(count)]
+        known = [name for word in _TEXTS for name in many if name.lower() == word]
+        words = [name for name in many if usual[name].spaced > usual[name].texts / 2]
+        text = next((names[0] for names in (many, known[:1], words) if len(names) == 1), "")
     if not text:
         return ColumnChoice()
+    usual.pop(text, None)
 
     def as_columns(answer: str) -> dict[str, str]:
         return {ours: theirs for ours, theirs in zip(_keys(chat), (text, answer), strict=True) if ours != theirs}
@@ -251,49 +234,44 @@ def choose_answer(rows: Iterable[Row], text: str, *, chat: bool) -> ColumnChoice
     def described(name: str) -> str:
         return f"`{name}` has {columns[name].classes(count):,} different values in {count:,} rows"
 
-    def option(name: str) -> str:
-        return assignment("data.columns", as_columns(name))
-
     named = [name for name in usual if name.lower() in (*_ANSWERS, *_CLASSES)]
     few = [name for name in usual if usual[name].classes(count)]
     found = named or [name for name in few if name.lower() not in _ORIGINS]
-    found = [name for name in found if not usual[name].is_numbers] or found
-    remarks = {name: f"{described(name)} and is not learned; if it is the answer: {option(name)}" for name in few}
-    if not found:
-        numbers = [name for name, one in columns.items() if one.others and not one.texts and one.classes(count)]
-        lines = [f"{described(name)}, which are not text; written as text it can be the answer" for name in numbers]
-        return ColumnChoice(remarks=(*remarks.values(), *lines))
+    # Whole numbers may be the ids of classes that another field names.
+    found = [name for name in found if not all(map(str.isdigit, usual[name].values or [""]))] or found
     text_only = "--set data.format=text" + ("" if text == "text" else f" {assignment('data.columns', {'text': text})}")
     if len(found) > 1:
-        fix = f"say which: {', or '.join(map(option, found))}; or the text alone: {text_only}"
+        options = ", or ".join(assignment("data.columns", as_columns(name)) for name in found)
+        fix = f"say which: {options}; or the text alone: {text_only}"
         what = f"each of {quote(found)} may be the answer to `{text}`"
         raise DataError(Problem(Code.DATA_FORMAT, what, first, "data.columns", fix))
+    others = [name for name, one in columns.items() if name not in (text, *found) and one.classes(count)]
+    how = "if it is the answer, write it as text, and map it in data.columns"
+    remarks = tuple(f"{described(name)} and is not learned; {how}" for name in others)
+    if not found:
+        return ColumnChoice(remarks=remarks)
     (answer,) = found
-    why = f"{described(answer)}: the classes of `{text}`"
-    why = f"`{answer}` has the answers by its name" if answer in named else why
+    why = f"`{answer}` has the answers by its name" if named else f"{described(answer)}: the classes of `{text}`"
     why = f"{why}; without it the texts alone are learned: {text_only}"
-    return ColumnChoice(as_columns(answer), why, tuple(line for name, line in remarks.items() if name != answer))
+    return ColumnChoice(as_columns(answer), why, remarks)
 
 
-def _survey(rows: Iterable[Row]) -> tuple[dict[str, _Column], int, str]:
-    """The statistics of each field, the number of rows, and the place of the first row."""
-    columns: dict[str, _Column] = {}
-    count, first = 0, ""
-    for count, row in enumerate(rows, start=1):
-        first = first or row.where
-        for name, value in row.values.items():
-            columns.setdefault(name, _Column()).add(value)
-        if count == _MOST * UNITS_PER_LABEL and not any(one.values for one in columns.values()):
-            break  # no field has few values, however many rows follow
-    return columns, count, first
+_TYPO_SHARE = 10
+"""A class is taken for a misspelt one if the other has this many times its rows."""
 
 
-def _text(columns: Mapping[str, _Column], rows: int) -> str:
-    """The text field: the only one with many values, with a known name, or with several words; otherwise empty."""
-    many = [name for name, one in columns.items() if not one.classes(rows)]
-    known = [name for word in _TEXTS for name in many if name.lower() == word]
-    words = [name for name in many if columns[name].spaced > columns[name].texts / 2]
-    return next((names[0] for names in (many, known[:1], words) if len(names) == 1), "")
+def _is_typo(word: str, of: str) -> bool:
+    """Whether one letter more, less or other, or two exchanged ones, make a word another of at least five letters."""
+    matcher = difflib.SequenceMatcher(None, word, of)
+    changes = [(word[i:j], of[k:m]) for tag, i, j, k, m in matcher.get_opcodes() if tag != "equal"]
+    removed, added = map("".join, zip(*changes, strict=True))
+    is_at_one_place = len(changes) == 1 or removed == added
+    return (
+        min(len(word), len(of)) >= 5
+        and is_at_one_place
+        and max(map(len, (removed, added))) == 1
+        and (removed + added).isalpha()
+    )
 
 
 @dataclass(frozen=True)
@@ -301,103 +279,77 @@ class Classes:
     """The answers of rows, if they are classes.
 
     Attributes:
-        labels: The number of labels that validation rows are stratified by; 0 if they are not stratified.
         counts: Answer → number of rows; empty if answers are not classes.
         empty: Rows whose text is empty.
     """
 
-    labels: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
     empty: RowTally = field(default_factory=RowTally)
 
     @classmethod
-    def of(cls, examples: Iterable[Example], rows: int, loss_on: str) -> "Classes":
-        """The classes of examples. rows: their number. loss_on: as in the configuration."""
-        column, empty, labels = _Column(), RowTally(), set[bytes]()
+    def of(cls, examples: Iterable[Example]) -> "Classes":
+        """The classes of examples, if each is one question with one answer."""
+        column, empty, rows = _Column(), RowTally(), 0
         for example in examples:
-            question, answer = _question_and_answer(example)
-            if question is not None and not answer.strip():
-                continue  # the row is dropped
-            if len(labels) <= MAX_LABELS:
-                labels.add(completion_key(example, loss_on))
-            column.add(answer if question is not None else [])
-            if question is not None and not question.strip():
-                empty.add(example.where)
-            if column.values is None and len(labels) > MAX_LABELS:
+            rows += 1
+            if isinstance(example, Plain) and not example.whole:
+                question, answer = example.prompt, example.completion
+            elif isinstance(example, Conversation) and example.messages[-1]["role"] == "assistant":
+                question = "".join(message["content"] for message in example.messages[:-1])
+                answer = example.messages[-1]["content"]
+            else:
                 return cls()
-        count = len(labels) if 2 <= len(labels) <= min(MAX_LABELS, rows // UNITS_PER_LABEL) else 0
-        return cls(count, column.values or {}, empty) if column.classes(rows) else cls(count)
+            if answer.strip():  # otherwise the row is dropped
+                column.add(answer)
+                if not question.strip():
+                    empty.add(example.where)
+            if column.values is None:
+                return cls()
+        return cls(column.values or {}, empty) if column.classes(rows) else cls()
+
+    @property
+    def labels(self) -> int:
+        """The number of classes, if they are few enough for validation rows to be stratified by them; otherwise 0."""
+        count = len(self.counts)
+        return count if count <= min(MAX_LABELS, sum(self.counts.values()) // UNITS_PER_LABEL) else 0
 
     def remarks(self) -> Iterator[str]:
-        """Lines for the user: the classes, possible duplicates among them, rare classes, and empty texts."""
-        if not self.counts:
-            return
-        yield f"{len(self.counts):,} classes: {self._listed(self.counts)}"
+        """Lines for the user: possible duplicates among the classes, other rare classes, and empty texts."""
         yield from filter(None, [self.remark_on_similar()])
-        if rare := [name for name, count in self.counts.items() if count < UNITS_PER_LABEL]:
-            yield f"classes of fewer than {UNITS_PER_LABEL} rows: {self._listed(rare)}"
+        alike = self.joined()
+        if rare := [one for one, count in self.counts.items() if count < UNITS_PER_LABEL and one not in alike]:
+            yield f"classes of fewer than {UNITS_PER_LABEL} rows: {self.listed(rare)}"
         if self.empty.count:
             yield f"rows with a class whose text is empty: {self.empty.count:,} ({self.empty.places})"
 
     def remark_on_similar(self) -> str:
-        """A line on classes that look alike, and what would join them; empty if there are none."""
-        if not (groups := alike(self.counts)):
+        """A line on classes that look alike; empty if there are none."""
+        if not (labels := self.joined()):
             return ""
-        similar = listed([*map(self._listed, groups)], _SHOWN, "; ")
-        fix = f"; if they are the same, set data.labels: {yaml_flow(labels)}" if (labels := self.joined()) else ""
-        return f"classes that look alike, and are learned as different ones: {similar}{fix}"
+        what = "classes that look alike, and are learned as different ones"
+        return f"{what}; if they are the same, set data.labels: {yaml_flow(labels)}"
 
     def joined(self) -> dict[str, str]:
-        """Proposed `data.labels`: each class → the most frequent one that looks like it."""
-        found: dict[str, str] = {}
-        for group in alike(self.counts):
-            most, *others = sorted(group, key=lambda name: (-self.counts[name], name))
-            found |= {name.strip(): most.strip() for name in others if name.strip() != most.strip()}
-        return found
+        """Proposed `data.labels`: each class → the most frequent one that looks like it.
 
-    def _listed(self, names: Iterable[str]) -> str:
+        Classes look alike if they differ only in case, white space, hyphens and the like; a rare one also if a single
+        letter makes it a common one.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in sorted(self.counts, key=lambda name: (-self.counts[name], name)):
+            folded = unicodedata.normalize("NFKC", name).casefold()
+            is_word = any(map(str.isalpha, folded))  # in numbers, a point or minus counts
+            key = re.sub(r"[\s_.-]+", "", folded) if is_word else folded.strip()
+            if key not in groups:
+                common = [one for one, (of, *_) in groups.items() if self.counts[of] >= _TYPO_SHARE * self.counts[name]]
+                key = next((one for one in common if _is_typo(key, one)), key)
+            groups.setdefault(key, []).append(name)
+        spaced = sum(count for name, count in self.counts.items() if name.startswith(" "))
+        start = " " if 2 * spaced > sum(self.counts.values()) else ""  # answers may begin so by convention
+        joined = [(name, start + names[0].strip()) for names in groups.values() if len(names) > 1 for name in names]
+        return {name: label for name, label in joined if name != label}
+
+    def listed(self, names: Iterable[str]) -> str:
+        """Classes with their numbers of rows, the most frequent first."""
         ordered = sorted(names, key=lambda name: (-self.counts[name], name))
         return listed([f"`{name}` {self.counts[name]:,}" for name in ordered], _SHOWN)
-
-
-def _question_and_answer(example: Example) -> tuple[str | None, str]:
-    """The question and the answer of an example; (None, "") if it is not one question with one answer."""
-    if isinstance(example, Plain) and not example.whole:
-        return example.prompt, example.completion
-    if isinstance(example, Conversation) and example.messages[-1]["role"] == "assistant":
-        return "".join(message["content"] for message in example.messages[:-1]), example.messages[-1]["content"]
-    return None, ""
-
-
-def alike(names: Iterable[str]) -> list[Sequence[str]]:
-    """Groups of names that differ only in case, white space, hyphens and the like, or in one letter of a long word:
-    added, removed, replaced, or swapped with the next. Runs in time linear in the number of letters."""
-    parents: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while (parent := parents.setdefault(key, key)) != key:
-            parents[key] = key = parents[parent]
-        return key
-
-    keys_of = {name: [*_spellings(name)] for name in names}
-    for first, *others in keys_of.values():
-        for other in others:
-            parents[root(other)] = root(first)
-    groups: dict[str, list[str]] = {}
-    for name, keys in keys_of.items():
-        groups.setdefault(root(keys[0]), []).append(name)
-    return [group for group in groups.values() if group[1:]]
-
-
-def _spellings(name: str) -> set[str]:
-    """The folded name, and variants of it with one letter deleted. Names that look alike share one of these."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    words = folded.split()
-    keys = {" ".join(words)}
-    if any(map(str.isalpha, folded)):
-        keys.add(re.sub(r"[\s_.-]+", "", folded))
-    for place, word in enumerate(words):
-        if len(word) >= _LEAST_LETTERS and word.isalpha():
-            shorter = (word[:letter] + word[letter + 1 :] for letter in range(len(word)))
-            keys |= {" ".join([*words[:place], one, *words[place + 1 :]]) for one in shorter}
-    return keys

@@ -94,7 +94,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int) -> tuple[
         split.check_kind(kind, OBJECTIVES[kind])
     rows_per_example = 2 if kind == PAIRS else 1
     is_short = kind is None and float(np.median(rows.supervised)) <= LABEL_TOKENS
-    classes = Classes.of(raw.train.examples(), len(raw.train), section.loss_on) if is_short else Classes()
+    classes = Classes.of(raw.train.examples()) if is_short else Classes()
     saved = BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, rows_per_example).saving()
     lengths = np.concatenate([split.lengths for split in tokenized])
     remarks = [*choice.remarks, *raw.train.remarks(), *rows.report.reasons(), *classes.remarks()]

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from loratune.data.batches import Put, flatten, pad, put_rows
+from loratune.data.formats import common_prefix
 
 LEAST_SHARED = 8
 """The fewest tokens that a branch of the tree must save, as branches are computed a little less efficiently."""
@@ -58,13 +59,6 @@ class PrefixTree:
             positions.append(np.arange(depth, len(row)))
             places[number], previous, total = path, row, total + len(row) - depth
         return cls(np.concatenate(ids), np.concatenate(positions), places)
-
-
-def common_prefix(one: Sequence[int] | Numbers, other: Sequence[int] | Numbers) -> int:
-    """The number of equal tokens at the beginning of two rows."""
-    least = min(len(one), len(other))
-    different = np.flatnonzero(np.asarray(one[:least]) != np.asarray(other[:least]))
-    return int(different[0]) if len(different) else least
 
 
 def _branch(row: Numbers, previous: Numbers, branches: list[int]) -> int:

@@ -20,6 +20,8 @@ MAX_PLACES = 3
 """The most row places that a message lists."""
 _LISTED = 10
 """The most invalid rows that are listed with their problems."""
+_DROPPED = 100
+"""The most places of dropped rows that are kept for each reason."""
 _MOST = 0.5
 """If more than this share of the tokens is cut, a remark gives advice."""
 
@@ -43,7 +45,8 @@ class RowTally:
     @property
     def places(self) -> str:
         """`rows.jsonl:3, rows.jsonl:9, ...`"""
-        return ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
+        shown = self.first[:MAX_PLACES]
+        return ", ".join(shown) + (", ..." if self.count > len(shown) else "")
 
 
 def remarks_on_weights(weights: NDArray[np.float64] | None) -> list[str]:
@@ -146,7 +149,7 @@ class Report:
 
     def drop(self, reason: str, where: str) -> None:
         """Count a dropped row."""
-        self.dropped.setdefault(reason, RowTally()).add(where)
+        self.dropped.setdefault(reason, RowTally()).add(where, _DROPPED)
 
     def drop_invalid(self, problem: Problem) -> None:
         """Count a row that is dropped because it is invalid."""
@@ -169,7 +172,7 @@ class Report:
         self.duplicates.extend(other.duplicates)
         self.invalid.extend(other.invalid, _LISTED)
         for reason, tally in other.dropped.items():
-            self.dropped.setdefault(reason, RowTally()).extend(tally)
+            self.dropped.setdefault(reason, RowTally()).extend(tally, _DROPPED)
 
     @property
     def dropped_rows(self) -> int:
@@ -259,8 +262,7 @@ class Report:
             lines.append(f"{self.masked:,} rows have reasoning, which is context: {how}")
         if self.empty_reasoning:
             what = "answers without reasoning begin with an empty block of it, which teaches when not to reason"
-            how = "if the model is always served without reasoning, set data.chat_template_kwargs, "
-            lines.append(f"{self.empty_reasoning:,} {what}; {how}as in {{enable_thinking: false}}")
+            lines.append(f"{self.empty_reasoning:,} {what}; data.reasoning: mask takes it out of the loss")
         more = self.invalid.count - len(self.invalid.first)
         listed = [f"dropped: {line}" for line in self.invalid.first]
         return [*lines, *self.reasons(), *listed, *([f"dropped: {more:,} more invalid rows"] if more else [])]
@@ -286,13 +288,17 @@ class Report:
         by_length = {str(length): count for length, count in lengths.items()}
         return self.counts() | {"cut_tokens": self.cut_tokens, "reasons": reasons, "lengths": by_length}
 
+    def dropped_places(self) -> dict[str, list[str]]:
+        """Reason → the places of the rows that were dropped for it, at most a hundred."""
+        return {reason: list(tally.first) for reason, tally in self.dropped.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values without the duplicates, which `from_json` reads back."""
         return dict(_PLAIN.dump_python(self, mode="json", exclude={"duplicates"}))
 
     @classmethod
     def from_json(cls, values: Any) -> "Report":
-        """The report from the result of `as_json`, without duplicates. Raises ValueError: the values are not valid."""
+        """The report from the result of `to_dict`, without duplicates. Raises ValueError: the values are not valid."""
         return _PLAIN.validate_python(values)
 
 
@@ -312,7 +318,7 @@ def total(reports: Iterable[Report]) -> Report:
 _ROWS, _LETTERS, _WORD = 200, 1 << 24, 30
 """The most rows that are examined, the most characters of them, and the most characters of a word."""
 _RARE = 10
-"""Words that run together in fewer than one in so many rows are no reason for a remark."""
+"""Words that run together in fewer than one in ten rows are no reason for a remark."""
 _WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"}
 """Scripts without spaces between words, by the first word of the Unicode names of their characters."""
 

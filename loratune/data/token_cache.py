@@ -1,12 +1,9 @@
-"""The cache of tokenized rows, and of numbers per row, such as log-probabilities.
+"""Tokenized rows, in entries of the cache.
 
-An entry is the directory `loratune/<key>` in the cache of `datasets` (HF_DATASETS_CACHE); the key is a hash of all that
-determines its content. It has Arrow files, the shards, and the file `whole`, written last, with their SHA-256. An entry
-is written under another name and renamed when it is complete, so readers never see a partial entry. After Ctrl-C the
-incomplete entry is kept as `<key>.partial`, from which the next run continues.
-
-Cached rows are used for training without further checks, so only this user may have write access to the cache
-directory. Otherwise the rows are written to a temporary directory.
+An entry is the directory `loratune/<key>` in the cache of `datasets` (HF_DATASETS_CACHE). It has Arrow files, the
+shards, and the file `whole`, written last, with their SHA-256. After Ctrl-C the incomplete entry is kept as
+`<key>.partial`, from which the next run continues. Where the cache cannot be used, the rows are written to a temporary
+directory.
 """
 
 import hashlib
@@ -16,7 +13,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -37,13 +33,16 @@ from loratune.data.sources.rows import place_in_cache
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Problem, ResourceError
 from loratune.events import progress
-from loratune.system.files import make_private_directory, ownership_problem, sha256
-from loratune.system.kept_results import elsewhere
+from loratune.system.cache import EntryKind, ownership_problem
+from loratune.system.files import open_file, sha256
 
 _log = logging.getLogger(__name__)
 
-KEPT_DAYS = 30
-"""Entries that were not used for this many days are removed when a run begins."""
+ROWS = EntryKind(
+    lambda: datasets_cache_dir() / "loratune", "", days=30, most=10_000,
+    files=re.compile(r"[0-9]{5}\.(arrow|unfinished)|whole"),
+)  # fmt: skip
+"""Old entries are removed when a run begins."""
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000
 """The maximum size of a shard. A shard is held in memory until it is written."""
 _LISTS = pa.list_(pa.int32())
@@ -53,9 +52,12 @@ _METADATA = b"loratune"
 """The metadata key of a shard. Its value is JSON: the report on the rows, and the digest of each batch of rows."""
 _WHOLE = "whole"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
-_NAME = re.compile(r"[0-9a-f]{64}(\..*)?")
-_FILE = re.compile(r"[0-9]{5}\.(arrow|json|unfinished)|entry\.json|whole|values")
-"""Names of files in entries, including those of earlier releases."""
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file of an entry. Raises OSError: it is not a regular file, or cannot be read."""
+    open_file(path).close()
+    return sha256(path)
 
 
 class TokenCache(Sequence[dict[str, list[int]]]):
@@ -73,9 +75,10 @@ class TokenCache(Sequence[dict[str, list[int]]]):
 
     def __init__(self, directory: Path):
         """Open a directory. Raises one of `_UNREADABLE`: it is incomplete or damaged."""
-        whole = json.loads((directory / _WHOLE).read_bytes())
+        with open_file(directory / _WHOLE) as file:
+            whole = json.loads(file.read())
         paths = [_shard(directory, number) for number in range(len(whole["shards"]))]
-        if [sha256(path) for path in paths] != whole["shards"]:
+        if [_file_digest(path) for path in paths] != whole["shards"]:
             raise ValueError(f"{directory} does not hold what was written")
         self.directory, self.key = directory, whole["key"]
         shards = [_open_shard(path) for path in paths]
@@ -244,54 +247,22 @@ def load_or_write(key: str, write: Callable[[TokenCacheWriter], None]) -> TokenC
         ResourceError: There is no space on the disk. Errors of `write` are passed on; the partial entry is kept only
             after Ctrl-C.
     """
-    entry, problem = _root() / key, _cache_problem()
+    entry, problem = ROWS.path(key), ROWS.problem()
     rows = None if problem else _load(entry)
     if rows is None:
         rows = _write(entry, write, usable=not problem)
-    rows.remark = problem
+    fix = "set HF_DATASETS_CACHE or HF_HOME to a directory that only you can write to"
+    rows.remark = f"the rows are tokenized for this run only: {problem}; {fix}" if problem else ""
     return rows
 
 
 def open_trusted(directory: Path) -> TokenCache | None:
     """Open rows that another process of this user has written; None if they are missing, or others can change them."""
     try:
-        return None if _distrust(directory) else TokenCache(directory)
+        return None if ownership_problem(directory.lstat()) else TokenCache(directory)
     except _UNREADABLE:
         _log.debug("the rows in %s are not used", directory, exc_info=True)
         return None
-
-
-def remove_old_entries() -> None:
-    """Remove the entries that were not used for `KEPT_DAYS`. Processes that have mapped an entry are not affected."""
-    limit = time.time() - KEPT_DAYS * 86400
-    if not _cache_problem():
-        for path in _root().iterdir():
-            with suppress(OSError):
-                if _NAME.fullmatch(path.name) and path.lstat().st_mtime < limit:
-                    _remove(path)
-
-
-def _root() -> Path:
-    return (elsewhere() or datasets_cache_dir()) / "loratune"
-
-
-def _cache_problem() -> str:
-    """Create the cache if necessary. Returns why it cannot be used, as a line for the user; empty if it can."""
-    root = _root()
-    try:
-        make_private_directory(root)
-        if not (reason := _distrust(root)):
-            return ""
-    except OSError as error:
-        reason = f"{root}: {error.strerror}"
-    fix = "set HF_DATASETS_CACHE or HF_HOME to a directory that only you can write to"
-    return f"the rows are tokenized for this run only: {reason}; {fix}"
-
-
-def _distrust(directory: Path) -> str:
-    """Why others can write to a directory; empty if only this user can. Raises OSError: it does not exist."""
-    reason = ownership_problem(directory.lstat())
-    return f"{directory} {reason}" if reason else ""
 
 
 @progress("checking the tokenized rows")
@@ -313,7 +284,7 @@ def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool)
     directory = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent if usable else None))
     try:
         with suppress(OSError):
-            if usable and not _distrust(stopped):
+            if usable and not ownership_problem(stopped.lstat()):
                 stopped.rename(directory)
         writer = TokenCacheWriter(directory)
         try:
@@ -341,45 +312,6 @@ def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool)
         if (published := _load(entry)) is not None:  # another process was first
             shutil.rmtree(directory, ignore_errors=True)
             return published
-        _remove(entry)
+        ROWS.remove(entry)
     weakref.finalize(rows, shutil.rmtree, directory, ignore_errors=True)
     return rows
-
-
-def _remove(path: Path) -> None:
-    """Remove an entry, unless it contains foreign files. Readers detect a half-removed entry as damaged."""
-    with suppress(OSError):
-        if path.is_file() and not path.is_symlink():
-            path.unlink()
-        elif not path.is_symlink() and all(_FILE.fullmatch(file.name) and file.is_file() for file in path.iterdir()):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-# Numbers per row
-
-
-def _values_path(key: str) -> Path:
-    return _root() / f"{key}.values"
-
-
-def load_values(key: str) -> NDArray[np.float64] | None:
-    """The numbers stored by `store_values` under a key of 64 hexadecimal digits; None if they are missing."""
-    path = _values_path(key)
-    with suppress(OSError):
-        if path.is_file() and not _cache_problem():
-            os.utime(path)
-            content = path.read_bytes()
-            if content[:32] == hashlib.sha256(key.encode() + content[32:]).digest():
-                return np.frombuffer(content, np.float64, offset=32)
-    return None
-
-
-def store_values(key: str, values: NDArray[np.float64]) -> None:
-    """Store one number per row under a key; does nothing if the cache cannot be written."""
-    content = np.ascontiguousarray(values, np.float64).tobytes()
-    unfinished = _root() / f"{key}.{os.getpid()}"
-    if not _cache_problem():
-        with suppress(OSError):
-            unfinished.write_bytes(hashlib.sha256(key.encode() + content).digest() + content)
-            unfinished.replace(_values_path(key))
-        unfinished.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def texts(
     if split is not None:
         rows = data.prepare(split, renderer, source.data, vocabulary_size).rows
         ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
-        names = [Path(file.source.name).name for file in split.index.files]  # no paths: the record is published
+        names = [Path(file.source.name).name for file in split.files]  # no paths: the record is published
         files = names[0] if len(names) == 1 else plural(len(names), "file")
         return Texts(f"{plural(len(ids), 'row')} of {files}", ids, complete=True)
     if prompts := tuple(ids for _, ids in _recorded(source, renderer, vocabulary_size)):
@@ -349,7 +349,7 @@ def check_logits(files: AdapterFiles, model: Any, directory: Path, texts: Sequen
         files: The adapter.
         model: The `PeftModel` with the adapter. Afterwards it also has the written adapter.
         directory: The written files.
-        texts: The token ids of each text, of which the first 256 are compared.
+        texts: The token ids of each text; the first 256 are compared.
 
     Returns:
         The largest difference, relative to the largest logit.

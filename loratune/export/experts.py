@@ -3,7 +3,10 @@
 transformers keeps the experts of a layer in tensors of three dimensions. PEFT stores A of such a tensor as (experts ·
 rank, in) and B as (out, rank · experts), under names that do not contain the tensor's: `experts.base_layer` and
 `experts`. vLLM reads the same for some classes. For other classes, and in SGLang and llama.cpp, each projection of each
-expert has its own A and B, as in checkpoints: `experts.0.gate_proj`.
+expert has its own A and B, as in checkpoints: `experts.0.gate_proj`. Gate and up then have copies of one A, and
+projections without an adapter are zeros, because servers expect all of them. B·A of each expert in the file is compared
+with the adapter. What a program is not known to read is refused: adapters of routers, of a single expert, of tensors
+under other names, and for llama.cpp of GPT-OSS.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -15,6 +15,7 @@ from loratune import memory, outputs
 from loratune.adapter import clients, loading
 from loratune.adapter.clients import CLIENTS, ExportOptions
 from loratune.adapter.directory import RUN_FILE, SYSTEM, AdapterDirectory
+from loratune.config.template_arguments import FIELD
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.events import note
@@ -202,7 +203,7 @@ def _why_not(source: AdapterDirectory, folded: _Folded, options: ExportOptions) 
     each = folded.parameters and not folded.adapter.config.get(PARAMETERS)
     not_compared = reason or "PEFT has experts in another form" * bool(each)
     if not options.runs_vllm:
-        name = ", name it with --vllm-python" * (options.to == "vllm")
+        name = ", name it with `vllm_python=...`" * (options.to == "vllm")
         return not_compared, reason or f"{CLIENTS[options.to]} is not found{name}"
     is_dense = source.base.quantization == "none" and source.base.gguf_file is None
     is_dense &= record_of(load.load_config(source.base).to_dict()) is None
@@ -267,7 +268,7 @@ def _export_gguf(
         source.write_record(staging, kind, {"comparison": metrics, "chat": source.chat})
     file = directory.output / file.name
     base = str(base_gguf or "BASE.gguf") if adapter else None
-    commands = [clients.llama_server(file, base, arguments=source.data.chat_template_kwargs)]
+    commands = [clients.llama_server(file, base, arguments=clients.llama_cpp_arguments(source.data))]
     commands = ollama.commands(name, file.with_name("Modelfile")) if modelfile else commands
     return Exported(directory.output, CLIENTS[options.to], lines, metrics, commands)
 
@@ -282,12 +283,18 @@ def _run(
     conversion: Conversion, file: Path, answers: Sequence[ScoredAnswer], *, is_adapter: bool
 ) -> LlamaCppResult | str:
     """Compare the answers of a GGUF file in llama.cpp with those of the adapter; or why it cannot be run."""
-    ends = conversion.loaded.renderer.end_ids
+    ends, arguments = conversion.loaded.renderer.end_ids, clients.llama_cpp_arguments(conversion.loaded.data)
+    if arguments:
+        asked = [
+            {**one.request, FIELD: arguments | one.request.get(FIELD, {})} if "messages" in one.request else one.request
+            for one in answers
+        ]
+        answers = [replace(one, request=request) for one, request in zip(answers, asked, strict=True)]
     if not is_adapter:
         return gguf.compare(file, None, None, answers, ends)
     try:
         model = conversion.base_gguf or conversion.write_base()
     except AdapterError as error:
         reasons = "; ".join(problem.what for problem in error.problems)
-        return f"no GGUF file of the base can be made ({reasons}); name one with --base-gguf"
+        return f"no GGUF file of the base can be made ({reasons}); name one with `base_gguf=...`"
     return gguf.compare(model, file, conversion.template, answers, ends)

@@ -24,7 +24,7 @@ import torch
 
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
+from loratune.errors import AdapterError, ConfigError, Problem, install
 from loratune.events import progress
 from loratune.export.answers import SHARE, Effect, ScoredAnswer, effect
 from loratune.lora import tensors
@@ -40,9 +40,9 @@ _KNOWN_FAILURES = (
     (r"Model (\S+) is not supported|Architecture '([^']+)' not supported", "does not know the architecture {}",
      "loratune merge makes a model that transformers and vLLM load"),
     ("pre-tokenizer was not recognized", "does not know the tokenizer",
-     "name a GGUF file of the base with --base-gguf, whose tokenizer is then copied"),
+     "name a GGUF file of the base with `base_gguf=...`, whose tokenizer is then copied"),
     (r"Can not map tensor '([^']+)'", "does not know the tensor {}",
-     "export base and adapter as one model: --merged f16"),
+     "export base and adapter as one model: `merged='f16'`"),
 )  # fmt: skip
 """Known error messages of the converters (regular expression), their meaning, and the fix."""
 _MOST_VALUES = 0.9
@@ -55,20 +55,17 @@ def find_converters(named: Path | None) -> Path:
     """The directory of the converters. named: a checkout of llama.cpp; None: the converters of the package.
 
     Raises:
-        ConfigError: The converters are missing; the package, or the package gguf that reads files back, is not
-            installed.
+        ConfigError: The converters are missing; the package is not installed.
     """
-    if find_spec("gguf") is None:
-        raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
     spec = find_spec(_PACKAGE)
     packaged = [Path(place) / "llama.cpp" for place in (spec and spec.submodule_search_locations) or ()]
     for place in [named] if named else packaged:
         if (place / LORA).is_file() and (place / MODEL).is_file():
             return place
-    clone = "git clone https://github.com/ggml-org/llama.cpp, and name it with --llama-cpp"
+    clone = "git clone https://github.com/ggml-org/llama.cpp, and name it with `llama_cpp=...`"
     if named:
         what = f"is not a checkout of llama.cpp: it has no {LORA} and {MODEL}"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(named), "--llama-cpp", clone))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(named), "llama_cpp", clone))
     what = "converting needs llama.cpp's converters, which are not installed"
     raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, fix=f"{install('llama-cpp')}; or {clone}"))
 
@@ -119,10 +116,10 @@ def _convert(file: Path, *arguments: str | Path) -> None:
     for expression, meaning, fix in _KNOWN_FAILURES:
         if match := re.search(expression, "\n".join(lines)):
             what = f"llama.cpp's converter {meaning.format(next(filter(None, match.groups()), ''))}"
-            raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, key="--to", fix=fix))
+            raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, key="to", fix=fix))
     reason = " | ".join(lines[-3:]) or f"exit code {done.returncode}, and no file was written"
-    fix = "export base and adapter as one model: --merged f16" if str(arguments[0]).endswith(LORA) else ""
-    raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="--to", fix=fix))
+    fix = "export base and adapter as one model: `merged='f16'`" if str(arguments[0]).endswith(LORA) else ""
+    raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="to", fix=fix))
 
 
 def check_layers(model: Any, where: str) -> None:
@@ -133,7 +130,7 @@ def check_layers(model: Any, where: str) -> None:
     """
     if unknown := [*layers_unknown_to_llama_cpp(model)]:
         what = f"cannot be an adapter of llama.cpp, which does not read one of {'; '.join(unknown)}"
-        fix = "export base and adapter as one model: --merged f16"
+        fix = "export base and adapter as one model: `merged='f16'`"
         raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
 
 

@@ -77,7 +77,7 @@ class Upload:
 
 
 def check_name(name: str, key: str = "") -> None:
-    """Raises ConfigError: the name is not a valid USER/NAME. key: the option that sets it."""
+    """Raises ConfigError: the name is not a valid USER/NAME. key: the parameter that sets it."""
     if name.count("/") == 1:
         with suppress(errors.HFValidationError):
             validate_repo_id(name)
@@ -88,7 +88,7 @@ def check_name(name: str, key: str = "") -> None:
 
 
 def base_name(adapter: AdapterFiles, given: str | None) -> str:
-    """The hub id of the base for the uploaded adapter. given: the value of `--base`.
+    """The hub id of the base for the uploaded adapter. given: the name that the user gives.
 
     Raises:
         ConfigError: The adapter names a local path, and no id is given; or the id differs from that of the adapter.
@@ -99,19 +99,19 @@ def base_name(adapter: AdapterFiles, given: str | None) -> str:
         if given in (None, adapter.base):
             return adapter.base
         what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
-        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, given or "", "--base", fix))
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, given or "", "base", fix))
     if given is None:
         what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
-        where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with --base USER/MODEL"
+        where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with `base='USER/MODEL'`"
         raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, where, "base_model_name_or_path", fix))
-    check_name(given, "--base")
+    check_name(given, "base")
     recorded = adapter.record.get("base")
     file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
     try:
         source.check_repository(given, None, file if isinstance(file, str) else "config.json", perhaps_path=False)
     except ModelError as error:
         what = without(error.problems[0].what, get_token() or "")
-        problem = replace(error.problems[0], what=what, key="--base")
+        problem = replace(error.problems[0], what=what, key="base")
         if problem.code is Code.MODEL_HUB_UNREACHABLE:
             raise ResourceError(replace(problem, code=Code.PUSH_HUB)) from None
         raise ModelError(problem) from None
@@ -207,7 +207,7 @@ def _check_visibility(info: ModelInfo, repository: str, url: str, *, public: boo
         what, fix = f"is called {info.id} on the hub", "push to that name"
     elif info.private is public:
         what = f"is {'private' if info.private else 'public'} on the hub; nothing was uploaded"
-        fix = f"{'leave out' if public else 'add'} --public, or first change that on {url}/settings"
+        fix = f"{'leave out' if public else 'add'} `public=True`, or first change that on {url}/settings"
     else:
         return
     raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, repository, fix=fix))
@@ -296,7 +296,7 @@ def _translated(error: BaseException, said: str, where: str) -> LoratuneError:
         return ConfigError(Problem(Code.PUSH_REPOSITORY, what, where, fix=fix))
     fix = "try again later; what the hub has already is not sent again"
     if is_full:
-        what, fix = f"the hub has no room for it: {said}", "make room there, or push with --public"
+        what, fix = f"the hub has no room for it: {said}", "make room there, or push with `public=True`"
     elif status:
         what, wait = f"the hub failed (HTTP {status}): {said}", str(response.headers.get("Retry-After", ""))
         fix = f"wait {wait} s, and {fix}" if wait.isdecimal() and len(wait) < 9 else fix

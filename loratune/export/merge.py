@@ -144,7 +144,7 @@ def _check_nearer(merged: Merged, adapter: AdapterDirectory) -> None:
         what = "the merged model is not nearer to base and adapter than to the base: "
         what += f"KL {to_adapter:.3g} and {to_base:.3g} nats a token"
     if not nearer:
-        fix = "use --dtype float32, or use the adapter with PEFT"
+        fix = "use `dtype='float32'`, or use the adapter with PEFT"
         raise AdapterError(Problem(Code.EXPORT_DIFFERS, f"{what}; nothing was written", where, fix=fix))
 
 

@@ -152,7 +152,8 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     loader, attention = checks.auto_class(loaded.model.config), source.base.attn_implementation
     del loaded
     with progress("loading the merged model"):
-        merged = loader.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
+        settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "use_kernels": False}
+        merged = loader.from_pretrained(staging, **settings)
         merged = merged.eval().to(device)
     found = _logits(merged, ids, "the merged model")
     return {

@@ -33,7 +33,7 @@ _DEQUANTIZED = "the base is merged in its dequantized form, as {}, and not quant
 MOST_BYTES = 2_000_000_000
 """The maximum size of one file in bytes. Its tensors are in memory until it is written."""
 _BLOCK_VALUES = 4 << 20
-"""Values that are changed at once: 16 MiB in float32, of which there are a few copies."""
+"""Values that are changed at once: 16 MiB in float32, and a few copies of them."""
 
 
 @dataclass
@@ -285,7 +285,7 @@ class Merge:
             start += rows
         rounded = torch.cat(blocks) if weight.dim() else blocks[0]
         if not rounded.isfinite().all():
-            what, fix = f"{name} is not finite as {name_of(dtype)}", "use --dtype float32"
+            what, fix = f"{name} is not finite as {name_of(dtype)}", "use `dtype='float32'`"
             raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(self._source.path), fix=fix))
         kept.append(one)
         return rounded.contiguous()

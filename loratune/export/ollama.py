@@ -23,7 +23,8 @@ _TOOLS = [{"type": "function", "function": {"name": "tool", "description": "a to
 _MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]", "<")
 """Strings that turns begin with."""
 _ALTERNATIVE = (
-    "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
+    "export it `to='gguf'` `merged=...`, whose file holds the chat template itself, "
+    "and run it with llama-server --jinja"
 )
 Messages = Sequence[Mapping[str, str]]
 

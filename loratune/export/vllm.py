@@ -113,4 +113,4 @@ def _run(python: str, request: dict[str, Any]) -> _Said:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.search(line)]  # progress and frames of the traceback come after them
     what = f"vLLM failed: {' | '.join((errors or lines)[-3:]) or f'exit code {done.returncode}, no result'}"
-    raise AdapterError(Problem(Code.EXPORT_FAILED, what, python, fix="--no-verify exports without running vLLM"))
+    raise AdapterError(Problem(Code.EXPORT_FAILED, what, python, fix="`verify=False` exports without running vLLM"))

@@ -1,7 +1,14 @@
 """Accelerated loss, LoRA, attention and norms for training, each with a reference in torch.
 
 `accelerate` determines which layers of a model they can compute, and `Acceleration.applied` replaces these layers while
-the model is trained.
+the model is trained. On a CPU, these are
+
+- the loss, with logits only at supervised positions, computed in chunks;
+- LoRA in the dtype of the base; A and B are float32, each split into its rounded value and the rounding error;
+- queries, keys and values as one matrix product; attention over packed rows in tiles;
+- norms, rotary embeddings and activations, each in one pass over memory.
+
+Trained weights and optimizer states are float32.
 """
 
 from loratune.kernels.acceleration import Acceleration as Acceleration

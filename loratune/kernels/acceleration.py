@@ -14,19 +14,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from loratune.kernels import gpu, masks, replacements, rowwise, sublayers
-from loratune.kernels.compiled import reference, self_test
+from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops, refusal
 from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample
 from loratune.kernels.layout import Layout, PerBatch
 from loratune.kernels.lora_linear import Reader
-from loratune.kernels.loss import LossHead, Scaling, output_layer
+from loratune.kernels.loss import LossHead, Scaling, computes_loss, output_layer
 from loratune.kernels.masks import AttentionSpec, AttentionSurvey
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees, kept_checks
 from loratune.kernels.predictions import TeacherTargets
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
-from loratune.system.kept_results import NOTHING_KEPT, REFUSAL, KeptResults
+from loratune.system.cache import NOTHING_KEPT, REFUSAL, KeptResults
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "attention": {}, "attention without positions": {"rotary": False}, "attention whose norms add 1": {"added": 1.0},
@@ -39,6 +39,8 @@ ALL_LAYERS = "all layers"
 """The kind in `fallbacks` if no layer may be replaced."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """Kind of layers that can be replaced → ending of their names."""
+FLASH, STOCK_ATTENTION = ("flash_attention_2", "flash_attention_3"), "sdpa"
+"""Attention implementations of other packages, which are compared with the stock one."""
 LORA = "LoRA"
 """The kind of linear layers with LoRA in layers that are not replaced."""
 _RUNS, _BY_ROWS = "runs on packed rows", "attends by rows"
@@ -61,15 +63,19 @@ class Acceleration:
         steps: Functions that replace the layers, in this order.
         sample: Layers that stand for all layers of the model, in checks of what it computes.
         checks: What they found.
+        attention: Why the model does not use the attention implementation that is set; empty if it does.
     """
 
     fallbacks: Mapping[str, str]
     steps: Sequence[Step] = ()
     sample: LayerSample = WHOLE_MODEL
     checks: KeptResults = NOTHING_KEPT
+    attention: str = ""
 
     def notes(self) -> Iterator[str]:
         """Lines for the user on what is not accelerated."""
+        if self.attention:
+            yield f"model.attn_implementation: chosen by transformers, as {self.attention}"
         for reason in dict.fromkeys(self.fallbacks.values()):
             kinds = ", ".join(kind for kind in self.fallbacks if self.fallbacks[kind] == reason)
             yield f"not accelerated, but computed by PyTorch: {kinds}: {reason}"
@@ -94,7 +100,8 @@ class Acceleration:
 def accelerate(
     model: Any, reader: Reader, *, sharded: bool = False, trees: bool = False, fingerprint: str = ""
 ) -> Acceleration:
-    """Determine which layers of a model can be accelerated. The model is run for this, and is not changed.
+    """Determine which layers of a model can be accelerated. The model is run for this, and is not changed; but an
+    attention implementation with which it computes something else is replaced by the stock one.
 
     Args:
         model: A `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`.
@@ -104,9 +111,9 @@ def accelerate(
             another attention function is used then, which no measurement has shown to be as fast.
         fingerprint: That of the base, to keep what checks find on this machine; empty to check anew.
     """
-    failed = self_test.refusal(self_test.PADDED, self_test.LAYERS, dtype=model.dtype)
-    if sharded or failed:
-        return Acceleration({ALL_LAYERS: f"they {failed}" if failed else "the base is spread over processes"})
+    attention = _check_attention(model.get_base_model())
+    if sharded:
+        return Acceleration({ALL_LAYERS: "the base is spread over processes"}, attention=attention)
     with _restored(model.get_base_model()) as (base, replaced):
         checks, is_cpu = kept_checks(model, fingerprint and f"{fingerprint} {trees}"), base.device.type == "cpu"
         survey = masks.survey(base) if is_cpu else AttentionSurvey()
@@ -115,8 +122,12 @@ def accelerate(
         head, sample = survey.sample.examined(partial(output_layer, base)), survey.sample
     if head is None:
         reason = "the output layer is trained, or the model does something else with its output than to return it"
-        return Acceleration({**fallbacks, "loss": reason}, steps, sample, checks)
-    return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)], sample, checks)
+        return Acceleration({**fallbacks, "loss": reason}, steps, sample, checks, attention)
+    if not checks.once("loss", bool, partial(computes_loss, *head[1:])):
+        return Acceleration(
+            {**fallbacks, "loss": "its kernel does not compute the same"}, steps, sample, checks, attention
+        )
+    return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)], sample, checks, attention)
 
 
 @contextmanager
@@ -171,8 +182,6 @@ def tree_refusal(model: Any, sample: LayerSample = WHOLE_MODEL) -> str | None:
         The reason if it may not, as the rest of a sentence about the model; None if it may.
     """
     base = model.get_base_model()
-    if failed := self_test.refusal(self_test.SHARED, self_test.SHARED_ON_GPU, dtype=base.dtype):
-        return f"may not share prefixes, which {failed}"
     if attn_implementation(base) != rowwise.UNMASKED:
         return "has attention that is not accelerated"
     if not isinstance(model.get_output_embeddings(), LossHead):
@@ -193,6 +202,21 @@ def _restored(base: Any) -> Iterator[tuple[Any, Replaced]]:
         if attn_implementation(base) != implementation:
             base.set_attn_implementation(implementation)
         restore(base, replaced)
+
+
+def _check_attention(base: Any) -> str:
+    """Replace the attention implementation of a model if it is one of `FLASH`, and the model then computes something
+    else than with transformers' choice. Returns the reason, or an empty text."""
+    own = attn_implementation(base)
+    if own not in FLASH:
+        return ""
+    base.set_attn_implementation(STOCK_ATTENTION)
+    check = ParityCheck(base)
+    base.set_attn_implementation(own)
+    if not check.runs or check.passes():
+        return ""
+    base.set_attn_implementation(STOCK_ATTENTION)
+    return f"with {own} the model does not compute the same"
 
 
 def _replace(

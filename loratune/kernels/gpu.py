@@ -3,7 +3,9 @@
 The other layers are accelerated by `compile_layers` and by Liger's kernels, if the config asks for them.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
 from typing import Any
@@ -16,11 +18,11 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+from transformers.utils import is_liger_kernel_available
 
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
 from loratune.kernels import replacements, rowwise, upstream
-from loratune.kernels.compiled import self_test
 from loratune.kernels.layout import PerBatch, descendants_end
 from loratune.kernels.lora_linear import Adapted, Reader
 from loratune.kernels.masks import HELD, check_known
@@ -269,14 +271,53 @@ def has_windows(config: Any) -> bool:
     return bool(settings.get("sliding_window") or settings.get("attention_chunk_size"))
 
 
-def uses_liger(setting: bool | str) -> tuple[bool, list[str]]:
-    """Whether Liger's kernels are used in training, and a line for the user where the self-test of this machine
-    decides. setting: `model.use_liger_kernel`."""
-    if setting is True and (failed := self_test.refusal(self_test.LIGER)):
-        return False, [f"model.use_liger_kernel: off, as Liger's kernels {failed}"]
-    if setting == "auto" and {self_test.LIGER, self_test.LIGER_FASTER} <= {*self_test.passed()}:
-        return True, ["auto: model.use_liger_kernel is true (right and faster in the self-test on this GPU)"]
-    return setting is True, []
+def uses_liger(setting: bool | str, model: Any) -> tuple[bool, list[str]]:
+    """Whether Liger's kernels are used in training: if the model computes the same with them, forward and backward.
+
+    Their speed is not measured: on the few tokens of the check it would be that of launching kernels, and whole batches
+    would delay the first step. With `auto`, that their package is installed is taken as the wish to use them.
+
+    Args:
+        setting: `model.use_liger_kernel`.
+        model: A `PeftModel`, which is not changed.
+
+    Returns:
+        Whether they are used, and a line for the user where the check decides.
+
+    Raises:
+        ModelError: They are required, but Liger does not support the family.
+    """
+    base, is_auto = model.get_base_model(), setting == "auto"
+    if setting is False or (is_auto and not (base.device.type != "cpu" and is_liger_kernel_available())):
+        return False, []
+    check = ParityCheck(base)
+    try:
+        with _undone(base):
+            use_liger(model)
+            passes = check.passes() if check.runs else not is_auto
+    except ModelError:
+        if not is_auto:
+            raise
+        return False, []
+    if not passes:
+        return False, ["model.use_liger_kernel: off, as with Liger's kernels the model does not compute the same"]
+    lines = ["auto: model.use_liger_kernel is true (liger-kernel is installed, and the model computes the same)"]
+    return True, lines if is_auto else []
+
+
+@contextmanager
+def _undone(base: Any) -> Iterator[None]:
+    """Afterwards, the attributes of all modules, and the functions in the files of their classes, are those of before:
+    Liger changes both."""
+    files = {type(module).__module__: sys.modules[type(module).__module__] for module in base.modules()}
+    before = [(owner, dict(vars(owner))) for owner in (*base.modules(), *files.values())]
+    try:
+        yield
+    finally:
+        for owner, values in before:
+            for name in vars(owner).keys() - values.keys():
+                delattr(owner, name)
+            vars(owner).update(values)
 
 
 def use_liger(model: Any) -> None:

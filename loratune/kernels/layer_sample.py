@@ -233,9 +233,18 @@ def described(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, type) or hasattr(value, "__qualname__"):
         cells = getattr(value, "__closure__", None) or ()
         return _name(value), described([cell.cell_contents for cell in cells], depth - 1) if depth else id(value)
+    if isinstance(value, nn.Module) and depth and _is_function(value):
+        own = {name: one for name, one in vars(value).items() if name not in _OF_TORCH}
+        return _name(type(value)), id(type(value)), described(own, depth - 1)
     if isinstance(value, PreTrainedConfig | nn.Module) or not hasattr(value, "__dict__") or not depth:
         return _name(type(value)), str(value) if type(value).__module__ == "torch" else id(value)
     return _name(type(value)), described(vars(value), depth - 1)
+
+
+def _is_function(module: nn.Module) -> bool:
+    """Whether a module only stands for a function: transformers 5.25 has such copies of one as attributes of layers."""
+    parts = module.parameters(), module.buffers(), module.children()
+    return not has_hooks(module) and all(next(iter(part), None) is None for part in parts)
 
 
 def _name(value: Any) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.loss_targets import LossTargets
-from loratune.kernels.parity_check import evaluating
+from loratune.kernels.parity_check import MIN_TOLERANCE, evaluating, relative_rms
 from loratune.kernels.predictions import HeadDivergence, TeacherTargets, divergence
 from loratune.kernels.transfer import send
 from loratune.kernels.upstream import is_fake
@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 
 CHUNK = 512
 """Positions whose logits are in memory at once."""
+_TRIED = 4
+"""Labels of the check of the loss: the time of their products is that of reading the weights."""
 _LARGEST = 200.0
 """The largest test value for the output of the output layer."""
 
@@ -307,6 +309,34 @@ def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
         return None
     finally:
         hook.remove()
+
+
+def computes_loss(head: nn.Linear, scaling: Scaling) -> bool:
+    """Whether `LossHead` computes the loss of a few random states, and its gradient, as stock torch does; with one sum
+    and with one for each row. The result of a fake layer is True."""
+    if is_fake(head.weight):
+        return True
+    drawn = torch.randn(1, _TRIED + 1, head.in_features, generator=torch.Generator().manual_seed(0))
+    states = drawn.to(head.weight).requires_grad_()
+    labels = (torch.arange(_TRIED + 1)[None] * 7 + 1) % len(head.weight)
+    lengths = torch.tensor([_TRIED + 1])
+
+    def computed(loss: Tensor) -> list[Tensor]:
+        return [loss.detach().view(1), *torch.autograd.grad(loss.sum(), states)]
+
+    def with_head(lengths: Tensor | None) -> list[Tensor]:
+        fast = LossHead(head, scaling)
+        fast.labels, fast.lengths = send(labels, states.device), lengths
+        fast(states)
+        assert fast.losses is not None
+        return computed(fast.losses)
+
+    with torch.enable_grad():
+        scores = scaling.forward(head(states))[0][0, :-1].float()
+        stock = computed(functional.cross_entropy(scores, send(labels[0, 1:], states.device), reduction="sum"))
+        found = [with_head(None), with_head(lengths)]
+    allowed = MIN_TOLERANCE.get(states.dtype, 1e-3)
+    return all(relative_rms(*pair) <= allowed for one in found for pair in zip(stock, one, strict=True))
 
 
 class _RowSums(torch.autograd.Function):

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from loratune.errors import is_out_of_memory
 from loratune.kernels.compiled.fused_ops import variant
-from loratune.kernels.compiled.self_test import failed, kept_here
+from loratune.kernels.compiled.operations import relative_rms as relative_rms
 from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample
 from loratune.kernels.row_angles import has_other_hooks
 from loratune.kernels.upstream import attn_implementation, is_fake
 from loratune.system.accelerator import same_random_numbers
-from loratune.system.kept_results import NOTHING_KEPT, KeptResults, source_digest
+from loratune.system.cache import NOTHING_KEPT, KeptResults, source_digest
+from loratune.system.machine_results import kept_here
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def kept_checks(model: Any, fingerprint: str) -> KeptResults:
     settings = [base.config.to_json_string(use_diff=False), attn_implementation(base)]
     settings.append(str(model.active_adapter))
     adapters = [config.to_dict() for config in model.peft_config.values()]
-    code = [torch.get_num_threads(), variant(base.get_input_embeddings().weight), source_digest(), failed()]
+    code = [torch.get_num_threads(), variant(base.get_input_embeddings().weight), source_digest()]
     return kept_here(fingerprint, str(model), tensors, settings, adapters, code)
 
 
@@ -326,10 +327,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def relative_rms(old: Tensor, new: Tensor) -> float:
-    """The root mean square of the difference relative to that of `old`; NaN if a tensor is not finite."""
-    size = float(old.float().square().mean().sqrt())
-    difference = float((old.float() - new.float()).square().mean().sqrt())
-    return difference / size if size else difference

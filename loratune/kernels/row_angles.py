@@ -3,6 +3,17 @@
 LongRoPE (arXiv:2402.13753) turns rows up to the length of the pretraining by other frequencies than longer ones.
 transformers chooses them for a whole batch, by its longest row or its padding, so a short row beside a long one would
 be computed otherwise than alone. `use_row_angles` adds hooks that choose them row by row.
+
+Checks before a run use short rows, so what depends on the length of a row is read from the configuration. Besides
+`rope_type: longrope` (Phi-3 128k, Phi-3.5, Phi-4-mini), a row depends on the others of its batch only
+
+- with `rope_type: dynamic`, beyond `max_position_embeddings`, which every command refuses;
+- with `keep_window_size` (Doge), in longer rows, as it selects arbitrarily among equal scores: such rows need a
+  `per_device_train_batch_size` of 1.
+
+It does not with the other types of rotary embeddings, with windows (a distance in tokens, also in the cache), chunks of
+attention (counted from the first token of a row, Llama 4), scales by position (Llama 4, Ministral 3) or a number of
+selected keys (`index_topk`).
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,9 @@
 
 For packed rows, transformers masks attention over the whole batch, so the cost is quadratic in the tokens of the batch.
 Here, the rows are determined from the mask function, and attention is computed within each row: tile by tile in C if
-the kernel supports the inputs, otherwise row by row in torch.
+the kernel supports the inputs, otherwise row by row in torch. Batches are padded instead in families whose masks ignore
+positions (GPT-OSS, AFMoE), as packed rows would attend to each other. Attention with biases on the scores (BLOOM, MPT)
+or without transformers' attention interface (Falcon) remains the model's own.
 """
 
 import sys

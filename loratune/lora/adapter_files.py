@@ -18,7 +18,7 @@ from loratune.events import progress
 from loratune.lora.adapter_config import CONFIG_FILE as CONFIG_FILE
 from loratune.lora.adapter_config import AdapterConfig, check_values
 from loratune.system.directories import RECORD
-from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, sha256, state
+from loratune.system.files import MAX_TEXT_BYTES, beside, is_incidental_file, newer, sha256, state
 from loratune.text import shell_word
 
 _log = logging.getLogger(__name__)
@@ -85,7 +85,10 @@ class AdapterFiles(AdapterConfig):
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Path of A and B → the parameter that they adapt, if it is known; see `parameters_of`."""
+        """Path of A and B → the parameter that they adapt, if it is known; see `parameters_of`.
+
+        PEFT assigns them by the order in which it wraps, which only the record knows (`target_parameters`).
+        """
         recorded = self.record.get("target_parameters")
         known = recorded if isinstance(recorded, Mapping) else {}
         found = {}
@@ -131,7 +134,8 @@ def inspect(path: Path) -> AdapterFiles:
             directory, or an initialization that PEFT cannot reproduce; the record is of a newer version.
     """
     if what := _missing(path):
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path), fix="name a directory that `train` wrote"))
+        fix = beside(path, lambda one: (one / CONFIG_FILE).is_file()) or "name a directory that `train` wrote"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path), fix=fix))
     with _unchanged(path, states := _states(path)):
         _check_links(path)
         config = _read_config(path / CONFIG_FILE)

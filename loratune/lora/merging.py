@@ -344,7 +344,7 @@ def weighted_sum(
     if bad := not_finite(plain.tensors):
         what = f"the weighted sum is NaN or inf in {len(bad)} tensors, among them {join_first(bad, 2)}"
         where, fix = str(weighted[0][0].path), "lower the weights"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where, "--mix", fix))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where, "mix", fix))
     return plain
 
 

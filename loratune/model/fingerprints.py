@@ -22,11 +22,11 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
-from loratune.kernels.compiled.self_test import kept_here
 from loratune.model import upstream
 from loratune.model.source import files_of
+from loratune.system.cache import NOTHING_KEPT, KeptResults
 from loratune.system.files import state
-from loratune.system.kept_results import NOTHING_KEPT, KeptResults
+from loratune.system.machine_results import kept_here
 
 _log = logging.getLogger(__name__)
 
@@ -304,4 +304,5 @@ class FileStates:
 
     def check_unchanged_in_run(self) -> None:
         """The same check during a run. The run has its own copy, but its adapter would not fit the new files."""
-        self.check_unchanged("since the run began", "restore it, then continue with --resume, which compares weights")
+        fix = "restore it, then continue with `resume=True`, which compares weights"
+        self.check_unchanged("since the run began", fix)

@@ -28,7 +28,6 @@ from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
 from loratune.kernels import use_row_angles
-from loratune.kernels.compiled import self_test
 from loratune.model import checks, fingerprints, tensor_files, upstream
 from loratune.model.dequantization import packed_format
 from loratune.model.fingerprints import FileStates
@@ -42,7 +41,7 @@ from loratune.model.quantization import (
     record_of,
 )
 from loratune.model.source import KEY, QUANTIZATION_KEY, ModelSource, local_or_hub, locate
-from loratune.system import accelerator, launcher, turns
+from loratune.system import accelerator, hub_kernels, launcher, turns
 from loratune.system.accelerator import device as device
 
 _LOADING_ERRORS = (
@@ -143,14 +142,16 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         quantized.use_operations()
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
-        with turns.stdout_to(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
+        bars = redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext()
+        with turns.stdout_to(io.StringIO()), bars, hub_kernels.hidden():
             model, info = from_pretrained(
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization_config,
                 device_map=device_map,
-                attn_implementation=self_test.attention(section.attn_implementation)[0],
+                attn_implementation=section.attn_implementation,
                 output_loading_info=True,
+                use_kernels=False,  # those of the hub
                 ignore_mismatched_sizes=True,  # `check_complete` reports them with their names
                 **origin,
             )
@@ -227,7 +228,6 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     Raises:
         ModelError: As `load_base`; the base has weights that are not finite, or processes have loaded different bases.
     """
-    self_test.turn_off(group.all_gather(self_test.failed()))
     files = FileStates(section)
     model = load_base(section)
     kept = files.kept_results(model.device)
@@ -386,8 +386,6 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
 
 def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:
     """Lines on settings that work on this machine, but not well. Arguments as in `check_machine`."""
-    if failed := self_test.attention(section.attn_implementation)[1]:
-        return [f"model.attn_implementation: chosen by transformers, as {section.attn_implementation} {failed}"]
     if section.dtype == "float16":
         return ["model.dtype: float16 overflows above 65,504; bfloat16 and float32, one of which is auto, do not"]
     if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else automatic_dtype() == torch.bfloat16):

@@ -6,7 +6,6 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,9 +13,10 @@ from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hu
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import ModelError, Problem, missing_package
+from loratune.errors import ModelError, Problem
 from loratune.system.directories import TEMPLATES
 from loratune.system.environment import cache_fix
+from loratune.system.files import beside
 
 KEY = "model.name_or_path"
 GGUF_KEY = "model.gguf_file"
@@ -98,14 +98,21 @@ def is_directory(
         files = sorted(file.name for file in path.glob("*.gguf"))
         what = "no config.json in this directory, so it holds no model"
         fix = f"set {GGUF_KEY} to {' or '.join(files[:3])}" if files else "name the directory that has one"
+        if base := json_object(path / "adapter_config.json").get("base_model_name_or_path"):
+            what, fix = "is an adapter, not a model", f"name its base: {base}; lora.start_from continues an adapter"
     elif path.exists():
         what = "is a file, not a model directory"
         fix = f"name its directory, and set {GGUF_KEY}: {path.name}" if path.suffix == ".gguf" else "name its directory"
     elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        what, fix = "no such directory", "check the path"
+        what, fix = "no such directory", beside(path, holds_model) or "check the path"
     else:
         return False
     raise ModelError(Problem(Code.MODEL_NOT_FOUND, what, name_or_path, key, fix))
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a directory holds a model, by its config.json."""
+    return (path / "config.json").is_file()
 
 
 def local_or_hub(name_or_path: str) -> str:
@@ -211,6 +218,7 @@ def check_repository(name: str, revision: str | None, file: str = "config.json",
         code = Code.MODEL_HUB_UNREACHABLE
         what = f"{neither}the hub cannot be reached and the model is not cached ({summary(error)})"
         fix = cache_fix(error) or f"check {'the path, or ' if perhaps_path else ''}the connection"
+    fix = (perhaps_path and beside(Path(name), holds_model)) or fix
     raise ModelError(Problem(code, what, name, key, fix))
 
 
@@ -237,16 +245,13 @@ def check_gguf(path: Path) -> None:
 
     Raises:
         ModelError: The file does not exist, is a Git LFS pointer, is not GGUF or of a version that transformers does
-            not read, is one part of several, or is cut off; the package gguf is missing.
+            not read, is one part of several, or is cut off.
     """
     where = str(path)
     if not path.is_file():
         files = sorted(file.name for file in path.parent.glob("*.gguf"))
         fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
         raise ModelError(Problem(Code.MODEL_NOT_FOUND, "no such file", where, GGUF_KEY, fix))
-    if find_spec("gguf") is None:
-        code = Code.SYSTEM_MISSING_PACKAGE
-        raise ModelError(missing_package(code, "gguf", "reads GGUF files", "gguf", where, GGUF_KEY))
     now = path.stat()
     version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
     if version in _checked:

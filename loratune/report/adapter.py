@@ -1,22 +1,22 @@
-"""`loratune report`: writes an HTML page about an adapter, its run and its evaluation, or about a sweep."""
+"""`loratune report`: writes an HTML page about an adapter, its run, its evaluation and its sweep."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from loratune import config
-from loratune.adapter.directory import RUN_FILE, AdapterDirectory
+from loratune.adapter.directory import AdapterDirectory
 from loratune.compare import preferences
 from loratune.compare.comparison import Comparison
 from loratune.compare.evaluation import ScaleComparison
 from loratune.config import keys
-from loratune.errors import AdapterError, ConfigError
+from loratune.errors import AdapterError
+from loratune.lora.adapter_files import RECORD_FILE
 from loratune.lora.stats import AdapterStats, Update, adapter_stats, span
 from loratune.report import facts, page
 from loratune.report.page import Subject
-from loratune.report.study import StudyResults
-from loratune.system.files import is_directory
-from loratune.text import shell_word, short_size
+from loratune.report.study import StudyResults, study_directory, trial_directory
+from loratune.system.files import is_file, sha256
+from loratune.text import format_size, shell_word
 
 
 def report(
@@ -40,30 +40,19 @@ def report(
     subjects = [_subject(name, *one) for name, one in zip(names, adapters, strict=True)]
     scales = by_scale.comparisons if by_scale is not None else {}
     commands = [*_commands([adapter for adapter, _ in adapters], data, [*scales])]
-    return page.render(subjects, evaluation, data, commands, scales)
+    return page.render(subjects, evaluation, data, commands, scales, _sweep_of(adapters[0][0]))
 
 
-def study_report(directory: Path) -> str:
-    """The page of a sweep. Raises ConfigError: the directory does not hold a study."""
-    results = StudyResults.read(directory, "--study")
-    commands = [f"loratune report --adapter {shell_word(path)}" for path in _kept(results)]
-    return page.render_study(results, commands or ["no adapter is kept"])
-
-
-def study_inputs(directory: Path) -> list[Path]:
-    """The adapters of a sweep, and the files that its trials have read. Raises ConfigError: as `study_report`."""
-    found = list[Path]()
-    for adapter in map(Path, _kept(StudyResults.read(directory, "--study"))):
-        found.append(adapter)
-        with suppress(ConfigError):  # such as of a later release
-            found += (Path(path) for _, path in config.files_read(config.load(adapter / RUN_FILE)))
-    return found
-
-
-def _kept(results: StudyResults) -> list[str]:
-    """The directories of adapters that there still are; a study may have moved."""
-    paths = [results.published, *(trial.adapter for trial in results.trials)]
-    return [path for path in paths if path is not None and is_directory(Path(path))]
+def _sweep_of(adapter: AdapterDirectory) -> StudyResults | None:
+    """The results of the sweep that published an adapter: its study stands beside it, and has the same adapter."""
+    directory = study_directory(adapter.files.path.absolute())
+    results = StudyResults.read(directory)
+    if results is None or results.winner is None or results.winner.adapter is None:
+        return None
+    trial = trial_directory(directory, results.winner.number) / Path(results.winner.adapter).name
+    records = [path / RECORD_FILE for path in (trial, adapter.files.path)]
+    is_same = all(map(is_file, records)) and len({sha256(record) for record in records}) == 1
+    return results if is_same else None
 
 
 def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subject:
@@ -101,7 +90,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
         "variants": ", ".join(variants) or "none",
         "modules": f"{len(stats.updates):,}",
         "parameters": f"{stats.parameters:,}",
-        "size": short_size(stats.adapter_bytes),
+        "size": format_size(stats.adapter_bytes),
     }
     if stats.dora:
         facts["beyond ΔW"] = "DoRA's magnitudes, which the norms leave out"

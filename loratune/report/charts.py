@@ -208,7 +208,7 @@ def heat_map(
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value at a setting, with its 95 % interval if it has one; series: as of a `Line`."""
+    """A measured value at a setting, with its 95 % interval if it has one; series: see `Line`."""
 
     x: str
     y: float

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from loratune.compare.behavior import Sample
-from loratune.compare.gain import Gain
+from loratune.compare.losses import GainVerdict, Model, gain_verdict
 from loratune.compare.verdict import GOOD, Name
-from loratune.text import format_duration, short_size
+from loratune.statistics import Interval
+from loratune.text import format_duration, format_size
 
 _LARGEST, _LARGEST_COUNT = 1e100, 10**15
 """Charts cannot show numbers beyond these."""
@@ -85,6 +86,28 @@ class RecordedSplit:
 
 
 @dataclass(frozen=True)
+class RecordedGain:
+    """The losses of base and adapter on the same rows, see `outputs.Gain`."""
+
+    split: str
+    rows: int
+    total: int
+    base: float
+    adapter: float
+    better_by: float
+    low: float | None
+    high: float | None
+    unit: str = "token"
+    other: Model = "base"
+
+    @property
+    def verdict(self) -> GainVerdict:
+        """The verdict by the losses alone, as releases without answers gave it."""
+        interval = None if self.low is None or self.high is None else Interval(self.low, self.high)
+        return gain_verdict(self.adapter, self.better_by, interval)
+
+
+@dataclass(frozen=True)
 class RecordedBehavior:
     """How the base's own answers have changed, see `compare.behavior`."""
 
@@ -101,7 +124,7 @@ class RunRecord(BaseModel):
 
     Attributes:
         curve: The reports of the trainer: their `step` and other numbers.
-        metrics: Every number of the result by its name; those of a group within it as `group name`.
+        metrics: Every number of the result by its name; the numbers of a group are named `group name`.
         intervals: `held_out_interval`, `test interval` → the ends of the 95 % interval.
         verdict: The verdict on the adapter.
         gain: How base and adapter compared.
@@ -122,7 +145,7 @@ class RunRecord(BaseModel):
     metrics: dict[str, int | float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     verdict: Name | None = None
-    gain: Gain | None = None
+    gain: RecordedGain | None = None
     behavior: RecordedBehavior | None = None
     splits: Annotated[dict[str, RecordedSplit], Field(max_length=_MOST_SPLITS)] = {}
     machine: dict[str, str] = {}
@@ -230,8 +253,8 @@ def tiles(record: RunRecord, adapter: Mapping[str, str], *, keeps_last: bool = F
         tokens, note = f"{metrics['tokens']:,.0f}", f"{metrics['steps']:,.0f} steps in "
         note += f"{format_duration(metrics['seconds'])}{rate}"
     found.append(_tile("tokens read", tokens, note))
-    note = f"{short_size(memory['gpu'])} on the GPU" if "gpu" in memory else "of the process"
-    found.append(_tile("peak memory", short_size(memory["process"]) if "process" in memory else None, note))
+    note = f"{format_size(memory['gpu'])} on the GPU" if "gpu" in memory else "of the process"
+    found.append(_tile("peak memory", format_size(memory["process"]) if "process" in memory else None, note))
     if (accuracy := metrics.get("preferences reward_accuracy value")) is not None:
         margin = metrics.get("preferences reward_margin value")
         note = _interval(record, "preferences reward_accuracy interval")
@@ -318,14 +341,14 @@ def _facts(record: RunRecord, adapter: Mapping[str, str]) -> dict[str, Mapping[s
         "Adapter": adapter,
         "Run": run,
         "Machine": machine
-        | {_MEMORY[name]: short_size(one) for name, one in record.peak_memory.items() if name in _MEMORY},
+        | {_MEMORY[name]: format_size(one) for name, one in record.peak_memory.items() if name in _MEMORY},
         "Versions": record.versions,
         "Fingerprints": {_FINGERPRINTS.get(name, name): one for name, one in record.fingerprints.items() if one},
     }
 
 
 def _results(record: RunRecord) -> dict[str, str]:
-    """The metrics of a run; those of other releases have their own names."""
+    """The metrics of a run; metrics of other releases keep their own names."""
     results = {}
     if (gain := record.gain) is not None:
         rows = f"{gain.rows:,} of {gain.total:,} {gain.split} {record.item}s"

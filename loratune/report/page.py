@@ -1,11 +1,10 @@
-"""The page of `loratune report`: one HTML file about adapters and their runs, or about a sweep.
+"""The page of `loratune report`: one HTML file about adapters and their runs.
 
 The page loads nothing and runs nothing: it has no scripts, and its content security policy forbids both. Text from
 data, files and models is shortened and escaped twice: for HTML, and for characters that would hide or reorder it.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from loratune import __version__
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedRow
+from loratune.compare.classification import Classification
 from loratune.compare.comparison import Comparison
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, LOSS, MAJORITY, SIDES, Difference
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, LOSS, MAJORITY, PROMPTED, SIDES, Difference
 from loratune.events import progress
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row
@@ -33,10 +33,10 @@ from loratune.report.charts import (
     line_chart,
     point_chart,
 )
-from loratune.report.facts import RunRecord, Tile
-from loratune.report.study import BEST, DONE, LIKE_BEST, StudyResults
+from loratune.report.facts import RunRecord
+from loratune.report.study import BEST, StudyResults
 from loratune.statistics import Interval, finite
-from loratune.text import format_duration, printable
+from loratune.text import printable
 
 _PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
 _OPTIONAL_PLOTS = {
@@ -51,6 +51,9 @@ _MOST_LAYERS = 1_000
 _MOST_ROWS = 50
 """Rows whose answers are shown."""
 _LONGEST_TITLE = 96
+_MOST_CLASSES = 20
+"""The most frequent classes whose confusions are drawn."""
+_SHARES = range(40, 101, 10)
 _MEANINGS = {"better": "better", "worse": "worse", "indistinguishable": "not distinguishable"}
 
 
@@ -90,6 +93,7 @@ def render(
     data: str | None,
     commands: Sequence[str],
     by_scale: Mapping[float, Comparison] | None = None,
+    sweep: StudyResults | None = None,
 ) -> str:
     """The page of adapters.
 
@@ -99,6 +103,7 @@ def render(
         data: The name of these rows.
         commands: What to type to repeat all this.
         by_scale: Scale of the adapter → its comparison with the base on these rows, if any.
+        sweep: The trials of the sweep that published the adapter, if any.
     """
     records = [subject.record for subject in subjects]
     return _render(
@@ -110,10 +115,14 @@ def render(
         titles={
             BASE: BASE,
             MAJORITY: MAJORITY,
+            PROMPTED: f"base, told the task by {evaluation.prompt}" if evaluation else "",
             **dict(zip((ADAPTER, AGAINST), (one.name for one in subjects), strict=False)),
         },
         answers=answers(evaluation) if evaluation else [],
         scale_charts=_scale_charts(by_scale or {}),
+        label_charts=_label_charts(evaluation.classification) if evaluation and evaluation.classification else {},
+        sweep=sweep,
+        trial_chart=_trial_chart(sweep) if sweep else "",
         tiles=[
             facts.tiles(one.record, one.adapter, keeps_last=one.settings.get("training.keep") == "last")
             for one in subjects
@@ -128,26 +137,13 @@ def render(
     )
 
 
-def render_study(results: StudyResults, commands: Sequence[str]) -> str:
-    """The page of a sweep. commands: what to type to look at its adapters."""
-    return _render(
-        title=f"{results.name}: study",
-        eyebrow="loratune sweep",
-        study=results,
-        tiles=[_study_tiles(results)],
-        like_best=(BEST, LIKE_BEST),
-        charts={key: _study_chart(number, key, results) for number, key in enumerate(results.keys)},
-        commands=commands,
-    )
-
-
 def _render(**content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("loratune.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: block(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters["label"] = label
-    environment.globals |= {"version": __version__, "study": None, "wording": wording, "ends": ends, "meaning": meaning}
+    environment.globals |= {"version": __version__, "wording": wording, "ends": ends, "meaning": meaning}
     return environment.get_template("page.html.jinja").render(content)
 
 
@@ -205,7 +201,7 @@ def _scale_charts(by_scale: Mapping[float, Comparison]) -> dict[str, str]:
         score, lost, changed = found.scores[ADAPTER], found.forgetting, found.behavior
         values = {f"{name} on these rows": (score.metrics.get(name), score.intervals.get(name)) for name in (LOSS,)}
         if lost is not None:
-            values["change of the loss on unrelated text"] = lost.value, lost.interval
+            values["change of the loss on unrelated text"] = lost.difference.value, lost.difference.interval
         if changed is not None and not changed.unknown:
             values["median KL to the base on its own answers"] = changed.median, changed.median_interval
         for title, (value, interval) in values.items():
@@ -214,6 +210,26 @@ def _scale_charts(by_scale: Mapping[float, Comparison]) -> dict[str, str]:
     return {
         title: point_chart(f"scale-{number}", title, points, "adapter scale", [point.x for point in points])
         for number, (title, points) in enumerate(series.items())
+    }
+
+
+def _label_charts(found: Classification) -> dict[str, str]:
+    """Title → a chart of the labels that an adapter gives: which are confused, and how many are wrong by coverage."""
+    frequent = sorted(found.classes, key=lambda one: -one.rows)[:_MOST_CLASSES]
+    numbers = [found.labels.index(one.label) for one in frequent]
+    names = [found.labels[number].strip() for number in numbers]
+    confused = "Given labels (columns) by expected ones (rows)"
+    wrong, points = "Wrong answers in %, of the surest rows", list[Point]()
+    for share in _SHARES:
+        one = found.coverage(share / 100)
+        interval = 100 * (1 - one.interval.high), 100 * (1 - one.interval.low)
+        points.append(Point(str(share), 100 * (1 - one.accuracy), interval))
+    setting = "rows that are answered, in %"
+    return {
+        confused: heat_map(
+            "confusions", confused, found.table(numbers).tolist(), names, names, 0, ("given label", "rows")
+        ),
+        wrong: point_chart("coverage", wrong, points, setting, [point.x for point in points]),
     }
 
 
@@ -294,38 +310,23 @@ def _modules(number: int, subject: Subject) -> ModuleCharts:
     return ModuleCharts(maps, TABLE_HEADER, table_rows, any(len(group) > 1 for group in cells.values()))
 
 
-def _study_tiles(results: StudyResults) -> list[Tile]:
-    winner, of = results.winner, f" of {results.total:,}" if results.rows < results.total else ""
-    found = [Tile("lowest held-out loss", "none", "no trial has an adapter", "bad")]
-    if winner is not None and winner.loss is not None:
-        note = f"95 % {winner.interval[0]:.4f} to {winner.interval[1]:.4f}" if winner.interval else ""
-        found = [
-            Tile("lowest held-out loss", f"{winner.loss:.4f}", note, "good"),
-            Tile("best", f"trial {winner.number}", f"of {results.count(DONE):,} with an adapter"),
-            Tile("not significantly different", f"{len(results.ties):,}", f"trials, on these {results.item}s"),
-        ]
-    others = len(results.trials) - results.count(DONE)
-    seconds = sum(trial.seconds or 0.0 for trial in results.trials)
-    return [
-        *found,
-        Tile("trials", f"{len(results.trials):,}", f"{others or 'none'} without an adapter"),
-        Tile(f"held-out {results.item}s", f"{results.rows:,}", f"distinct{of}, the same for all trials"),
-        Tile("time", format_duration(seconds), "of all trials together"),
-    ]
-
-
-def _study_chart(number: int, key: str, results: StudyResults) -> str | None:
-    """The loss by a setting, if any trial has one."""
-
+def _trial_chart(sweep: StudyResults) -> str:
+    """The held-out loss of the trials of a sweep, by the setting that was varied, or by all of them; where parts of the
+    rows were tried, its curve."""
+    if (curve := sweep.curve) is not None:
+        what = "Right held-out answers" if curve.metric == EXACT_MATCH else "Held-out loss"
+        title, last = f"{what} by training rows, with the 95 % interval", curve.points[-1]
+        points = [Point(str(one.rows), one.value, one.interval, int(one is last)) for one in curve.points]
+        return point_chart("trials", title, points, "training rows", [])
+    trials = [trial for trial in sorted(sweep.trials, key=lambda one: one.number) if trial.loss is not None]
+    texts = [", ".join(trial.used(key) for key in sweep.keys) for trial in trials]
     points = [
-        Point(trial.used(key), trial.loss, trial.interval, int(trial.verdict == BEST))
-        for trial in results.trials
+        Point(text, trial.loss, trial.interval, int(trial.verdict == BEST))
+        for text, trial in zip(texts, trials, strict=True)
         if trial.loss is not None
     ]
-    by_number = sorted(results.trials, key=lambda trial: trial.number)
-    order = [*dict.fromkeys(trial.used(key) for trial in by_number if trial.loss is not None)]
-    title = f"Held-out loss by {key}, with its 95 % interval"
-    return point_chart(f"by-{number}", title, points, key, order) if points else None
+    title = "Held-out loss of the trials, with its 95 % interval"
+    return point_chart("trials", title, points, ", ".join(sweep.names), [*dict.fromkeys(texts)])
 
 
 # The evaluation: the rows on which the adapter does worst, and what differences mean
@@ -376,18 +377,8 @@ def answers(evaluation: Comparison) -> list[ShownRow]:
         found.append(ShownRow(row, "", change if math.isfinite(change) else math.inf, right))
     found = sorted(found, key=lambda one: (one.right.get(ADAPTER, True), -one.change))[:_MOST_ROWS]
     prompts = [one.row.prompt or one.row.expected or "" for one in found]
-    shown = _distinct_parts(prompts, evaluation.special_tokens)
+    shown = wording.distinct_parts(prompts, evaluation.special_tokens)
     return [ShownRow(one.row, _end(title), one.change, one.right) for one, title in zip(found, shown, strict=True)]
-
-
-def _distinct_parts(prompts: Sequence[str], special_tokens: Sequence[str]) -> list[str]:
-    """Prompts without special tokens, and without the first and last lines that all of them share."""
-    special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or r"(?!)")
-    lines = [[line for line in special.sub("\n", prompt).splitlines() if line.strip()] for prompt in prompts]
-    for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
-        while len({*map(tuple, lines)}) > 1 < min(map(len, lines)) and len({one[end] for one in lines}) == 1:
-            lines = [one[rest] for one in lines]
-    return [" ".join(" ".join(one).split()) for one in lines]
 
 
 def _end(line: str) -> str:

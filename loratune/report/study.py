@@ -1,34 +1,40 @@
-"""The results of a study: its trials, the best one, and how the others compare with it on the same held-out rows."""
+"""The results of a sweep: its trials, the best one, and how the others compare with it on the same held-out rows."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
+from uuid import uuid4
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from loratune.codes import Code
-from loratune.compare.metrics import RowLosses, compare
-from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
+from loratune.compare import metrics
+from loratune.compare.metrics import RowLosses, Values, loss_difference
+from loratune.compare.verdict import Answers, Outcome, about
+from loratune.errors import Problem, ResourceError, ResumeError, is_disk_full
 from loratune.statistics import finite
 from loratune.system.files import read_text
-from loratune.text import format_duration, plural, short_size
+from loratune.text import format_duration, format_size, plural
 
-FILE = "results.json"
+FILE, TRIALS = "results.json", "trials"
+"""Names in the directory of a study, see `study_directory`."""
 VERSION = 1
-DONE = "done"
+DONE, INTERRUPTED = "done", "interrupted"
 BEST: Final = "best"
 LIKE_BEST: Final = "indistinguishable"
 WORSE: Final = "worse"
+BETTER: Final = "better"
 NOT_JUDGED: Final = "not judged"
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Metric = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
-Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
+Verdict = Literal["best", "indistinguishable", "worse", "better", "not judged", ""]
 MAX_MINUTES, MAX_STEPS = "training.max_minutes", "training.max_steps"
-_NOT_TRIED = ("waiting", "running", "invalid")
+_NOT_TRIED = ("waiting", "running", INTERRUPTED, "invalid")
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class TrialResult:
         number: The number of the trial.
         settings: Key → value as requested.
         values: Key → value that the run chose, as with `auto`; the number of steps if it had a time budget.
-        state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
-            `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
+        state: `done`, `running`, `interrupted`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
+            `learned nothing`, `out of memory`, `invalid`, `failed`.
         loss: Held-out loss, see `StudyResults.unit`; None without an adapter.
         interval: Its 95 % interval; None for too few rows.
         seconds: How long the trial took; None if it has not ended.
@@ -50,8 +56,11 @@ class TrialResult:
         difference: Its loss less that of the best trial, on the same rows.
         difference_interval: The 95 % interval of that.
         verdict: `best`; `indistinguishable` from it or `worse`, by that interval; `not judged` without one; else empty.
+            Where parts of the rows are tried, the trial on all of them counts as the best, and others may be `better`.
         adapter: Where its adapter is; None if it is not kept.
         note: Why it has none.
+        headline: The verdict on its adapter beside the base, in words; empty without an adapter.
+        outcome: Whether that verdict is good.
     """
 
     number: Count
@@ -69,6 +78,8 @@ class TrialResult:
     verdict: Verdict = ""
     adapter: str | None = None
     note: str = ""
+    headline: str = ""
+    outcome: Outcome = ""
 
     def shown(self, key: str) -> str:
         """A setting, and the value that the run chose for it."""
@@ -81,6 +92,103 @@ class TrialResult:
         """A setting; for `auto` the value that the run chose."""
         asked = self.settings.get(key, "")
         return self.values.get(key, asked) if asked == "auto" else asked
+
+
+@dataclass(frozen=True)
+class RowsPoint:
+    """A trial on a part of the training rows. value: its share of right answers, or its loss; see `RowsCurve`."""
+
+    trial: Count
+    rows: Count
+    value: Metric
+    interval: tuple[Metric, Metric] | None
+
+
+@dataclass(frozen=True)
+class RowsCurve:
+    """What more training rows bring, on the same held-out rows.
+
+    Attributes:
+        metric: `exact_match` where the answers of the held-out rows are short, else `loss`.
+        points: The trials, the fewest rows first.
+        gained_from: Training rows of the trial with which that on all rows is compared: of those tried, the number
+            nearest to half of them; None if there is no other trial.
+        gain: How much better all rows are than these, paired row by row: more right answers, or less loss.
+        gain_interval: The 95 % interval of that; None for too few rows.
+        verdict: `better`, `worse` or `indistinguishable`, by that interval.
+        rows_needed: About how many held-out rows would show a gain of this size, if it is indistinguishable.
+        loss_falls: Whether all rows have significantly less loss than these.
+    """
+
+    metric: Literal["exact_match", "loss"]
+    points: list[RowsPoint]
+    gained_from: Count | None = None
+    gain: Metric | None = None
+    gain_interval: tuple[Metric, Metric] | None = None
+    verdict: Literal["better", "worse", "indistinguishable"] | None = None
+    rows_needed: Count | None = None
+    loss_falls: bool = False
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int], losses: Mapping[int, RowLosses], right: Mapping[int, Values] | None) -> Self:
+        """Create it from trials by their numbers.
+
+        Args:
+            counts: How many training rows each has.
+            losses: The losses on the held-out rows of each.
+            right: For each held-out row 1 if the answer is right, else 0, (rows,); None where answers are not short.
+        """
+        order = sorted(counts, key=lambda number: counts[number])
+        last, halves = order[-1], {number: abs(math.log(2 * counts[number] / counts[order[-1]])) for number in order}
+        half = min(order[:-1], key=lambda number: halves[number], default=last)
+
+        def answers(number: int) -> Answers:
+            assert right is not None
+            return Answers.of(right[half], right[number], losses[number].copies)
+
+        points = []
+        for number in order:
+            value, interval = losses[number].loss, losses[number].interval
+            if right is not None:
+                value, interval = answers(number).right, answers(number).interval
+            points.append(RowsPoint(number, counts[number], value, finite(interval)))
+        name: Literal["exact_match", "loss"] = "loss" if right is None else "exact_match"
+        if half == last:
+            return cls(name, points)
+        of_loss = loss_difference(losses[half], losses[last])
+        falls = of_loss.verdict == "better"
+        if right is not None:
+            found = answers(last).over_base
+            ends, gain = finite(found.interval), found.value
+        else:
+            found, gain = of_loss, -of_loss.value
+            ends = found.interval and (-found.interval.high, -found.interval.low)
+        return cls(name, points, counts[half], gain, ends, found.verdict, found.rows_needed, falls)
+
+    def sentence(self, held_out: str) -> str:
+        """What the last doubling gained. held_out: the held-out rows in words."""
+        start, last = self.gained_from, self.points[-1].rows
+        if start is None or self.gain is None:
+            return f"trained on all {last:,} rows; no smaller part has an adapter to compare with"
+        how = "doubling" if abs(last - 2 * start) <= 1 else "going"
+        what, scale, digits = "in the held-out loss", 1, 3
+        if self.metric == metrics.EXACT_MATCH:
+            what, scale, digits = "points of right answers", 100, 1
+        low, high = self.gain_interval or (math.nan, math.nan)
+        ends = f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]" if self.gain_interval else ""
+        verb = "gained" if self.gain >= 0 else "lost"
+        text = f"{how} from {start:,} to {last:,} rows {verb} {abs(scale * self.gain):.{digits}f} {what}{ends}"
+        match self.verdict:
+            case "better":
+                return f"{text}; more rows are likely to help"
+            case "worse":
+                return f"{text}; more rows did not help"
+            case None:
+                return f"{text}; {held_out} are too few to tell"
+        needed = f"; {about(self.rows_needed)} would tell" if self.rows_needed else ""
+        if self.loss_falls:
+            return f"{text}: on {held_out}, a gain is to be seen only in the loss, so more rows may help{needed}"
+        return f"{text}: a gain is not to be seen on {held_out}{needed}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +205,7 @@ class StudyResults:
         published: Where the best adapter was published; None if it was not.
         unit: What losses are a mean over: `token`, or `pair` or `answer` for preferences.
         measured_by: The objective whose loss that is, for preferences; else empty.
+        curve: What more training rows bring, where parts of them are tried and all of them have an adapter.
     """
 
     name: str
@@ -108,6 +217,7 @@ class StudyResults:
     published: str | None = None
     unit: Literal["token", "pair", "answer"] = "token"
     measured_by: str = ""
+    curve: RowsCurve | None = None
 
     @property
     def item(self) -> str:
@@ -122,12 +232,14 @@ class StudyResults:
     @property
     def names(self) -> list[str]:
         """The keys as a table has them: without their sections, where that is enough."""
+        if self.curve is not None:
+            return ["training rows"]
         last = [key.rpartition(".")[2] for key in self.keys]
         return [name if last.count(name) == 1 else key for key, name in zip(self.keys, last, strict=True)]
 
     @property
     def winner(self) -> TrialResult | None:
-        """The trial with the lowest held-out loss."""
+        """The trial with the lowest held-out loss; where parts of the rows are tried, that on all of them."""
         return self.trials[0] if self.trials and self.trials[0].verdict == BEST else None
 
     def count(self, *states: str) -> int:
@@ -151,9 +263,8 @@ class StudyResults:
             ResumeError: They cannot be written.
             ResourceError: The disk is full.
         """
-        unfinished = directory / f"{FILE}.unfinished"
+        unfinished = directory / f"{FILE}.{uuid4().hex}"  # as other processes may be writing them too
         try:
-            unfinished.unlink(missing_ok=True)  # never through a link, or into a pipe
             unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             unfinished.replace(directory / FILE)
         except OSError as error:
@@ -166,42 +277,55 @@ class StudyResults:
             raise kind(Problem(code, f"cannot be written: {error.strerror}", str(directory / FILE), fix=fix)) from None
 
     @classmethod
-    def read(cls, directory: Path, option: str = "") -> "StudyResults":
-        """The results that `write` wrote. Raises ConfigError: the directory, which `option` names, has none."""
-        path = directory / FILE
+    def read(cls, directory: Path) -> "StudyResults | None":
+        """The results that `write` wrote; None if the directory has none that this release can read."""
         try:
-            values = json.loads(read_text(path))
+            values = json.loads(read_text(directory / FILE))
             version, winner = values.pop("version"), values.pop("winner")
             results = cls(**values)
-            if (version, winner) != (VERSION, results.winner.number if results.winner else None):
-                raise ValueError("of another version, or with another winner than that of the trials")
-            return results
-        except FileNotFoundError:
-            what, fix = f"there is no {FILE} in it", "name the directory OUTPUT_DIR.study of a sweep"
-            raise ConfigError(Problem(Code.SWEEP_STUDY, what, str(directory), option, fix)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            what = "is not what a sweep of this release writes"
-            raise ConfigError(Problem(Code.SWEEP_STUDY, what, str(path), option, "move it away")) from None
+            return None
+        is_known = (version, winner) == (VERSION, results.winner.number if results.winner else None)
+        return results if is_known else None
 
     def header(self) -> list[str]:
         """The columns of the table."""
         loss = "held-out loss" if self.unit == "token" else f"loss per {self.unit}"
+        right = ["right answers", "95 % interval"] if self._points else []
+        best = "the best" if self.curve is None else "all rows"
         return [
-            "trial", *self.names, loss, "95 % interval", "unrelated text", "time", "adapter", "compared with the best",
+            "trial", *self.names, *right, loss, "95 % interval", "unrelated text", "time", "adapter",
+            f"compared with {best}",
         ]  # fmt: skip
+
+    @property
+    def _points(self) -> dict[int, RowsPoint]:
+        """Number of a trial → its share of right answers, where these are counted."""
+        is_counted = self.curve is not None and self.curve.metric == metrics.EXACT_MATCH
+        return {point.trial: point for point in self.curve.points} if self.curve is not None and is_counted else {}
 
     def cells(self, trial: TrialResult) -> list[str]:
         """A trial's row of the table."""
         return [
             str(trial.number),
             *(trial.shown(key) for key in self.keys),
+            *self._right_cells(trial),
             f"{trial.loss:.4f}" if trial.loss is not None else trial.state,
             f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}" if trial.interval else "",
             f"{trial.unrelated:+.3f}" if trial.unrelated is not None else "",
             format_duration(trial.seconds) if trial.seconds is not None else "",
-            short_size(trial.adapter_bytes) if trial.adapter_bytes else "",
-            compared(trial),
+            format_size(trial.adapter_bytes) if trial.adapter_bytes else "",
+            "" if self.curve is not None and trial.verdict == BEST else compared(trial),
         ]
+
+    def _right_cells(self, trial: TrialResult) -> list[str]:
+        """The share of right answers and its interval, where these are counted."""
+        if not (points := self._points):
+            return []
+        if (point := points.get(trial.number)) is None:
+            return ["", ""]
+        ends = [f"{100 * end:.1f}" for end in point.interval or ()]
+        return [f"{100 * point.value:.1f} %", " to ".join(ends)]
 
     def summary(self) -> str:
         """How many trials there are, and on what they were compared."""
@@ -216,6 +340,8 @@ class StudyResults:
         """Which trial is best, and which are not significantly different from it."""
         if (winner := self.winner) is None:
             return "no trial has an adapter"
+        if self.curve is not None:
+            return self.curve.sentence(plural(self.rows, f"held-out {self.item}"))
         text = f"trial {winner.number}, " + ", ".join(f"{key}={winner.shown(key)}" for key in self.keys)
         others = [trial for trial in self.trials if trial.difference is not None]
         if not others:
@@ -231,7 +357,7 @@ class StudyResults:
     def remarks(self) -> list[str]:
         """Limits of the comparison: better values may lie beyond those tried, and losses may favour some trials."""
         found = []
-        for key in self.keys if self.winner else []:
+        for key in self.keys if self.winner and self.curve is None else []:
             used = (_number(trial.used(key)) for trial in self.trials if trial.state not in _NOT_TRIED)
             tried = {number for number in used if number is not None}
             best = _number(self.winner.used(key)) if self.winner else None
@@ -242,6 +368,16 @@ class StudyResults:
             text = f"trials are compared by the {self.measure}, which favours those that were trained to lower it"
             found.append(text)
         return found
+
+
+def study_directory(output: Path) -> Path:
+    """The directory of the study of an output directory."""
+    return output.with_name(f"{output.name}.study")
+
+
+def trial_directory(study: Path, number: int) -> Path:
+    """The directory in which a trial of a study works."""
+    return study / TRIALS / f"{number:04}"
 
 
 def _number(text: str) -> float | None:
@@ -261,14 +397,21 @@ def compared(trial: TrialResult) -> str:
     return f"{trial.difference:+.4f}{interval}, {trial.verdict}"
 
 
-def rank(trials: Sequence[TrialResult], losses: Mapping[int, RowLosses]) -> list[TrialResult]:
+def rank(
+    trials: Sequence[TrialResult], losses: Mapping[int, RowLosses], reference: int | None = None
+) -> list[TrialResult]:
     """Trials in the order of their losses, each compared with the best one row by row.
 
     Args:
         trials: The trials in any order.
         losses: Number → losses on the held-out rows, of those that have an adapter. All are of the same rows.
+        reference: The number of the trial that counts as the best, whatever its loss is; by default the lowest loss.
     """
-    done = sorted((trial for trial in trials if trial.number in losses), key=lambda one: losses[one.number].loss)
+
+    def place(trial: TrialResult) -> tuple[bool, float]:
+        return trial.number != reference, losses[trial.number].loss
+
+    done = sorted((trial for trial in trials if trial.number in losses), key=place)
     others = sorted((trial for trial in trials if trial.number not in losses), key=lambda one: one.number)
     return [*(_compared(trial, losses[trial.number], losses[done[0].number]) for trial in done), *others]
 
@@ -277,7 +420,9 @@ def _compared(trial: TrialResult, own: RowLosses, best: RowLosses) -> TrialResul
     trial = replace(trial, loss=own.loss, interval=finite(own.interval))
     if own is best:
         return replace(trial, verdict=BEST)
-    found = compare(best, own)
+    found = loss_difference(best, own)
     ends = finite(found.interval)
-    verdict: Verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST
+    verdict: Verdict = NOT_JUDGED
+    if ends is not None:
+        verdict = WORSE if ends[0] > 0 else BETTER if ends[1] < 0 else LIKE_BEST
     return replace(trial, difference=found.value, difference_interval=ends, verdict=verdict)

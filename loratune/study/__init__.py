@@ -1,5 +1,1 @@
-"""The study of a sweep: `grid` has the values that are tried, `study` keeps the trials in a `storage`, `trials` runs
-them.
-
-`commands.sweep` trains and compares the trials. `report.study` shows how they compare.
-"""
+"""A sweep: `grid` has the values that are tried, `trials` trains a trial, `sweep` keeps the study and runs the loop."""

@@ -1,4 +1,4 @@
-"""The base and the rows of a sweep, loaded once, and the trials on them: plan, events, errors and time of each.
+"""The base and the rows of a sweep, loaded once, and the trials on them: plan, errors and time of each.
 
 One adapter after the other is attached, trained by `train`, scored and removed. Afterwards every bit of the base is
 compared with the loaded values. If it differs, as after initializations that remove a part of it, the base is loaded
@@ -8,18 +8,20 @@ again. So an adapter has the bytes that `loratune train` would write.
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loratune import kernels
+from loratune import data
 from loratune.codes import Code
-from loratune.compare import preferences
+from loratune.compare import exact, preferences
 from loratune.compare.metrics import RowLosses
+from loratune.compare.verdict import SHORT
 from loratune.config import RunConfig
+from loratune.data import RawDatasets
 from loratune.data.packing import BatchLayout
 from loratune.errors import (
     ConfigError,
@@ -31,11 +33,10 @@ from loratune.errors import (
     ResumeError,
     is_out_of_memory,
 )
-from loratune.events import EvaluationEvent, Event, Listener, NoteEvent, PlanEvent, ProgressEvent, StepEvent, note
+from loratune.events import note
 from loratune.lora import creation, tensors
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
-from loratune.study.study import Study, TrialRecord
 from loratune.system.files import is_directory, is_file
 from loratune.system.launcher import SINGLE_PROCESS
 from loratune.text import format_duration
@@ -59,30 +60,6 @@ _ESTIMATE_ERROR = 2.0
 """The factor by which an estimate without any trial may be off, see `training.duration`."""
 
 
-class TrialPruned(Exception):
-    """Successive halving stops a trial."""
-
-
-class TrialProgress:
-    """The listener of a trial: it sends heartbeats and losses to the study, and forwards events to `outer`.
-
-    brief: whether to forward only the parameter count of the plan.
-    """
-
-    def __init__(self, outer: Listener, study: Study, record: TrialRecord, *, halving: bool, brief: bool):
-        self._outer, self._study, self._record, self._halving, self._brief = outer, study, record, halving, brief
-
-    def __call__(self, event: Event) -> None:
-        """Receive an event. Raises TrialPruned: the trial is among the worse ones."""
-        self._outer(NoteEvent(event.summary) if isinstance(event, PlanEvent) and self._brief else event)
-        if isinstance(event, StepEvent | ProgressEvent):
-            self._study.show_life(self._record)
-        if isinstance(event, EvaluationEvent) and self._halving:
-            percent = 100 * event.step // max(1, event.steps)
-            if 0 < percent < 100 and self._study.should_prune(self._record, percent, event.loss):
-                raise TrialPruned(f"after {percent} % of its steps, at a held-out loss of {event.loss:.4f}")
-
-
 def failure(error: Exception) -> tuple[str, str] | None:
     """The state of a trial that ended with an error, and the reason; None for an error that ends the sweep.
 
@@ -90,8 +67,6 @@ def failure(error: Exception) -> tuple[str, str] | None:
     next trial too, and an unexpected error must not look like a result.
     """
     why = next(iter(str(error).splitlines()), "")
-    if isinstance(error, TrialPruned):
-        return "stopped early", why
     if not isinstance(error, LoratuneError):
         return ("out of memory", why) if is_out_of_memory(error) else None
     why, code = error.problems[0].what, error.problems[0].code
@@ -138,7 +113,7 @@ class Budget:
             what = f"{format_duration(self.seconds)} is shorter than one trial: {gone} have passed before it, and it "
             what += f"takes about {format_duration(estimate)} on this machine"
             fix = "raise it, or shorten the trials: training.max_steps, training.num_train_epochs"
-            raise ConfigError(Problem(Code.CONFIG_BUDGET, what, key="--budget", fix=fix))
+            raise ConfigError(Problem(Code.CONFIG_BUDGET, what, "`budget=...`", fix=fix))
         return True
 
 
@@ -161,6 +136,7 @@ class TrialRunner:
         self._state = BaseState(self.base.model)
         self._plan: Plan | None = None
         self._rows = {_rows_key(run.config): self.datasets}
+        self._raw: dict[tuple[int, int] | None, RawDatasets | None] = {_sample_key(run.config): run.rows}
         held_out = self.datasets.validation
         assert held_out is not None
         self._held_out, copies = held_out, held_out.copies()
@@ -188,46 +164,49 @@ class TrialRunner:
         }
         return {name: fingerprint for name, fingerprint in found.items() if fingerprint}
 
-    def prepare_rows(self, run: RunConfig) -> TokenizedDatasets:
+    def prepare_rows(self, config: RunConfig) -> TokenizedDatasets:
         """The rows of a trial, tokenized once for all trials with the same settings of rows. Raises DataError,
         ConfigError."""
-        if (key := _rows_key(run)) not in self._rows:
-            self._rows[key] = tokenize(self._with_config(run), self.datasets.tokenizer)
+        if (key := _rows_key(config)) not in self._rows:
+            self._rows[key] = tokenize(self._with_config(config), self.datasets.tokenizer)
         return self._rows[key]
 
-    def _with_config(self, run: RunConfig) -> Run:
-        return replace(self._run, config=preflight.with_absolute_paths(run), resume_point=None)
+    def _with_config(self, config: RunConfig) -> Run:
+        config = preflight.with_absolute_paths(config)
+        if (key := _sample_key(config)) not in self._raw:
+            self._raw[key] = data.read_datasets(config.data, config.training.seed)
+        return replace(self._run, config=config, rows=self._raw[key], resume_point=None)
 
-    def estimate(self, run: RunConfig) -> float:
+    def estimate(self, config: RunConfig) -> float:
         """The approximate seconds of a trial on this machine, see `duration`; the first call measures its speed."""
-        if run.training.max_minutes is not None:
-            return 60 * run.training.max_minutes
-        rows = self.prepare_rows(run)
-        run, _ = auto.decide(run, facts(self._with_config(run), rows))
+        if config.training.max_minutes is not None:
+            return 60 * config.training.max_minutes
+        rows = self.prepare_rows(config)
+        config, _ = auto.decide(config, facts(self._with_config(config), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
-        model, _ = creation.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
+        model, _ = creation.adapt(load.build_meta(load.load_config(config.model), config.model), config.lora, seed=0)
         train, rows_per_example = rows.train.rows, rows.train.rows_per_example
-        size, longest = run.training.per_device_train_batch_size, run.data.max_length
+        size, longest = config.training.per_device_train_batch_size, config.data.max_length
         layout = BatchLayout(
-            train, train.lengths, run.data.packing, size, longest, pad_id=0, rows_per_example=rows_per_example
+            train, train.lengths, config.data.packing, size, longest, pad_id=0, rows_per_example=rows_per_example
         )
         lengths, supervised = (
             column.reshape(-1, rows_per_example).sum(1) for column in (train.lengths, train.supervised)
         )
-        costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), rows_per_example)
-        operations = costs.work(run.training, held_out)[1]
+        costs = Costs.of_run(model, config, lengths, supervised, layout.saving(), rows_per_example)
+        operations = costs.work(config.training, held_out)[1]
         if self._seconds_per_operation is None:
-            self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)
+            self._seconds_per_operation = seconds_per_operation(model, config.model, costs, operations)
         return operations * self._seconds_per_operation
 
     @contextmanager
-    def planned(self, run: RunConfig, output: Path) -> Iterator[Plan]:
+    def planned(self, config: RunConfig, output: Path) -> Iterator[Plan]:
         """The plan of a trial, with the lock of its directory; an interrupted one continues from its checkpoint.
 
         The adapter stays on the base until `remove_adapter`, which has to follow whatever happens.
 
         Args:
-            run: The config of the trial.
+            config: The config of the trial.
             output: Where its adapter goes; an adapter that is there is replaced.
 
         Raises:
@@ -236,10 +215,10 @@ class TrialRunner:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial, inputs = output.with_name(f"{output.name}.partial"), self._run.directory.inputs
         directory = RunDirectory(output, partial, str(output), overwrite=True, inputs=inputs)
-        trial = self._resumed(replace(self._with_config(run), directory=directory))
+        trial = self._resumed(replace(self._with_config(config), directory=directory))
         with directory.locked():
             self._plan = make_plan(trial, datasets=self.prepare_rows(trial.config), base=self.base)
-            reference.compute(self._plan, self.objective)
+            reference.set_preference_references(self._plan, self.objective)
             yield self._plan
 
     def _resumed(self, trial: Run) -> Run:
@@ -252,7 +231,8 @@ class TrialRunner:
         except (ConfigError, ResumeError) as error:
             note(f"the trial starts again: {error.problems[0].what}")
             return trial
-        return replace(trial, config=auto.keep(trial.config, point.record.config), resume_point=point)
+        config, _ = auto.with_decided(trial.config, point.record.decided)
+        return replace(trial, config=config, resume_point=point)
 
     def score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
@@ -262,18 +242,29 @@ class TrialRunner:
             raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix))
         return losses
 
+    def right_answers(self, plan: Plan) -> str:
+        """For each distinct held-out row 1 if the greedy answer of the adapter is the expected one, else 0; empty if
+        their answers are not short, see `exact.comparable`."""
+        held_out = self._held_out
+        rows = [row for number in self._copies for row in held_out.item(number)]
+        if held_out.rows.owners is not None or not exact.comparable(rows, SHORT):
+            return ""
+        found = exact.exact_matches(plan.model, plan.batches.engine, rows, nullcontext())
+        return "".join("1" if is_right else "0" for is_right in found)
+
     def remove_adapter(self) -> None:
         """Remove the adapter from the base, and reload the base if it has changed.
 
         An error of the trial must have been handled before, as its traceback would keep the old base in memory.
         """
         plan, self._plan = self._plan, None
+        is_patched = self._run.config.model.torch_compile
         if plan is not None:
+            is_patched |= plan.config.model.use_liger_kernel is True
             tensors.detached(plan.model)
         del plan
         gc.collect()
         section, base = self._run.config.model, self.base
-        is_patched = section.torch_compile or kernels.uses_liger(section.use_liger_kernel)[0]
         if not is_patched and self._state.restore(base.model):
             return
         note("the adapter has changed the base, which is loaded again")
@@ -289,8 +280,14 @@ class TrialRunner:
         self._state = BaseState(fresh.model)
 
 
-def _rows_key(run: RunConfig) -> str:
+def _rows_key(config: RunConfig) -> str:
     """The settings of rows that trials can differ in."""
     fixed = {"train", "validation", "test", "chat_template", "packing"}
-    section: dict[str, Any] = run.data.model_dump(mode="json", exclude=fixed)
-    return f"{section} {run.training.seed if run.data.replay is not None else ''}"
+    section: dict[str, Any] = config.data.model_dump(mode="json", exclude=fixed)
+    is_drawn = config.data.replay is not None or config.data.max_train_samples is not None
+    return f"{section} {config.training.seed if is_drawn else ''}"
+
+
+def _sample_key(config: RunConfig) -> tuple[int, int] | None:
+    """What decides which of the training rows are used; None if all are."""
+    return None if (count := config.data.max_train_samples) is None else (count, config.training.seed)

@@ -38,7 +38,7 @@ ADAPTER_FILES = frozenset({
     "normalizer.json", "byte_maps.json", "entity_vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
     "word_shape.json", "word_pronunciation.json",
 })  # fmt: skip
-"""The files of which an adapter without a record may consist: those that PEFT and tokenizers are known to write."""
+"""The files that an adapter without a record may have: those that PEFT and tokenizers are known to write."""
 TEMPLATES = "additional_chat_templates"
 IsOwn = Callable[[str], bool]
 """Whether an entry of a directory belongs to it, by its path relative to the directory, with `/`."""
@@ -162,24 +162,3 @@ def _entries(directory: Path) -> tuple[list[str], list[str]]:
             path = Path(place, name)
             (directories if files.is_directory(path) else others).append(path.relative_to(directory).as_posix())
     return others, directories
-
-
-Inputs = Sequence[tuple[str, str]]
-"""The inputs of a command: name for the user, e.g. `data.train`, and path."""
-CONFIG_INPUT = "the config file"
-"""The name of a run's config among its inputs. It is not read again once the run has started."""
-
-
-def why_in_use(directory: Path, inputs: Inputs) -> tuple[str, str]:
-    """Why a directory cannot be moved or removed without harm to something else, and what to do; empty if it can.
-
-    It may be a mount point, or be, or hold, the working directory or what the command reads.
-    """
-    if os.path.ismount(directory):
-        return "is a mount point", "name a directory inside it that does not exist yet"
-    if files.contains(directory, Path.cwd()):
-        return "is, or holds, the working directory", "choose another directory, or start loratune from elsewhere"
-    for name, path in inputs:
-        if files.contains(directory, Path(path)) and not (name == CONFIG_INPUT and is_recorded(directory, Path(path))):
-            return f"is, or holds, what the command reads ({name}: {path})", "choose another directory, or move that"
-    return "", ""

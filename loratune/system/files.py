@@ -3,15 +3,16 @@
 No function here follows a link where a file or directory is expected, and none waits at a named pipe.
 """
 
+import difflib
 import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, TextIO
 from loratune.codes import Code
 from loratune.errors import LockedError, Problem, ResourceError, is_disk_full
 from loratune.system import platforms
+from loratune.text import listed
 
 _KINDS = {
     stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe",
@@ -29,7 +31,8 @@ MAX_TEXT_BYTES = 64 << 20
 
 _PATH_MAX, _NAME_MAX = 4095, 255  # bytes: PATH_MAX without its final NUL, and NAME_MAX of every usual file system
 
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_UNFINISHED_BYTES = 200
+"""The most bytes of a file's name that are used in the name of its unfinished form; a name may have 255."""
 
 _INCIDENTAL_NAMES = frozenset({".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"})
 _TEMPLATES = "additional_chat_templates/"  # transformers reads every file in it that ends in .jinja
@@ -49,6 +52,23 @@ def path_problem(path: str) -> str:
         Path(path).expanduser()
     except RuntimeError:
         return "names the home directory of a user who does not exist here"
+    return ""
+
+
+def beside(path: Path, fits: Callable[[Path], bool] = Path.exists) -> str:
+    """What the user may have meant by a path that does not exist: the one that is spelt like it, or else what is in the
+    same directory; empty if nothing there fits."""
+    found = Path(path.anchor)
+    with suppress(OSError):
+        for part in path.parts[bool(path.anchor) :]:
+            if not os.path.lexists(found / part):
+                near = difflib.get_close_matches(part, [one.name for one in found.iterdir()], n=1, cutoff=0.6)
+                part = near[0] if near else part
+            found /= part
+        if fits(found):
+            return f"did you mean `{found}`?"
+        names = sorted(one.name for one in path.parent.iterdir() if not one.name.startswith(".") and fits(one))
+        return f"in {path.parent.absolute()}: {listed(names, 5)}" if names else ""
     return ""
 
 
@@ -123,21 +143,53 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def finish(directory: Path) -> None:
+    """Give the files of a new directory the permissions that the umask allows, and flush all of it to the disk.
+    Libraries write some files for this user alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+        sync(path)
+    sync(directory)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON with a final newline; keys keep their order."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def replace_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user can read, whatever the umask is: as a whole, or not at all. Raises OSError."""
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+@contextmanager
+def written_beside(path: Path, rename: Callable[[Path], object], mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A new file, `.NAME.RANDOM.unfinished` beside a path, that gets its name when its content is on the disk.
+
+    If there is an error, or a signal, nothing is left of it; but what `rename` leaves when it raises anything else
+    than OSError.
+
+    Args:
+        path: Where the file is to be in the end.
+        rename: Gives the complete file, whose present path it takes, its name.
+        mode: The permissions of the file, less those that the umask forbids.
+
+    Raises:
+        OSError: The file cannot be created, written or renamed.
+    """
+    short = os.fsencode(path.name)[:_UNFINISHED_BYTES].decode(errors="ignore")
+    unfinished = path.with_name(f".{short}.{secrets.token_hex(6)}.unfinished")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | platforms.SAFE_OPEN
     try:
-        with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(content)
+        with open(os.open(unfinished, flags, mode), "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
+    except BaseException:  # also of a signal between the creation of the file, whose name is random, and its use
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    try:
+        rename(unfinished)
+    except OSError:
         unfinished.unlink(missing_ok=True)
         raise
 
@@ -182,23 +234,27 @@ def check_free_space(
 
 
 @contextmanager
-def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
+def explain_full_disk(
+    what: str, size: int | None, where: Path, fix: str, named: str = "", key: str = ""
+) -> Iterator[None]:
     """Turn a full disk or an exceeded quota into a ResourceError.
 
     Args:
         what: What is written inside.
-        size: About how many bytes it takes.
+        size: About how many bytes it takes, if that is known.
         where: The file or directory that is written.
         fix: What the user can do about it.
+        named: The file or directory as the user named it, if it is not `where`.
+        key: The option that names it.
     """
     try:
         yield
     except Exception as error:  # torch and safetensors raise errors of their own for it
         if not is_disk_full(error):
             raise
-        free = shutil.disk_usage(where).free
-        message = f"no room for {what}: it takes {size:,} bytes, {free:,} are free"
-        raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, message, str(where), fix=fix)) from None
+        takes = f": it takes {size:,} bytes, {shutil.disk_usage(where).free:,} are free" if size is not None else ""
+        problem = Problem(Code.SYSTEM_DISK_FULL, f"no room for {what}{takes}", named or str(where), key, fix)
+        raise ResourceError(problem) from None
 
 
 @contextmanager
@@ -222,23 +278,27 @@ def open_lock(path: Path, flags: int) -> TextIO:
     return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
 
 
-def hold_lock(file: TextIO, where: str, key: str = "output_dir") -> None:
+def hold_lock(file: TextIO, where: str, key: str = "output_dir", seconds: float = 0.2) -> None:
     """Hold the lock of a run until the file is closed.
 
     Args:
         file: The lock file, in which its holder has written who it is.
         where: The directory that it locks.
         key: The config key or option that names the directory.
+        seconds: How long to wait for it: another process may only be checking whether the lock is free.
 
     Raises:
         LockedError: Another process holds the lock.
     """
-    for attempt in range(5):  # another process may only be checking whether the lock is free
+    end = time.monotonic() + seconds
+    while True:
         try:
             platforms.lock(file)
             return
         except BlockingIOError:
-            time.sleep(0.05 if attempt < 4 else 0)
+            if time.monotonic() >= end:
+                break
+            time.sleep(0.05)
     file.seek(0)
     what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
     fix = "wait until it ends, or choose another directory"
@@ -272,24 +332,3 @@ def contains(directory: Path, path: Path) -> bool:
                 if os.path.samestat(status, candidate.stat()):
                     return True
     return False
-
-
-# Cached code and rows are used without confirmation. So they must have been written by this user, and nobody else may
-# have had write access.
-
-
-def ownership_problem(status: os.stat_result) -> str:
-    """Why somebody else can write to a file or directory, in words; empty if only this user can."""
-    if stat.S_ISLNK(status.st_mode):
-        return "is a link"
-    if (owner := platforms.owner()) is not None and status.st_uid != owner:
-        return "belongs to another user"
-    return "can be written to by others" if owner is not None and status.st_mode & _WRITABLE_BY_OTHERS else ""
-
-
-def make_private_directory(path: Path) -> None:
-    """Make a directory and those above it, which nobody else can write to whatever the umask is. Raises OSError."""
-    if not path.parent.is_dir():
-        make_private_directory(path.parent)
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)

@@ -1,11 +1,11 @@
 """The output directory of a command: written as a sibling, and published whole or not at all by one rename.
 
-`--overwrite` replaces a directory of the same kind that holds nothing else, and that nothing else needs.
+`overwrite` replaces a directory of the same kind that holds nothing else, and that nothing else needs.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,15 @@ from loratune.codes import Code
 from loratune.errors import ConfigError, LockedError, Problem, is_disk_full
 from loratune.events import note
 from loratune.system import directories, files, signals
-from loratune.system.directories import CONFIG_INPUT, Contents, Inputs, scan, scan_recorded, shortened
+from loratune.system.directories import Contents, is_recorded, scan, scan_recorded, shortened
 from loratune.system.launcher import host
+
+Inputs = Sequence[tuple[str, str]]
+"""The inputs of a command: name for the user, e.g. `data.train`, and path."""
+_MOST_ENDING = 20
+"""How many other commands may end in the directory before this one has its lock."""
+CONFIG_INPUT = "the config file"
+"""The name of a run's config among its inputs. It is not read again once the run has started."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class OutputDirectory:
 
     Attributes:
         noun: The name of the result in messages.
-        key: The config key, or the option, by which the user names the directory.
+        key: The config key, or the parameter, by which the user names the directory.
         suffix: The end of the name of `partial`.
         output: The output directory.
         partial: The work in progress, a sibling of `output` on the same file system.
@@ -35,7 +42,7 @@ class OutputDirectory:
     """
 
     noun: ClassVar = "exported model or adapter"
-    key: ClassVar = "--output"
+    key: ClassVar = "output"
     suffix: ClassVar = "export"
     output: Path
     partial: Path
@@ -129,7 +136,7 @@ class OutputDirectory:
                     raise
                 note(f"training will be refused: {error}")
         except OSError as error:
-            what = f"cannot be looked at: {error.strerror}"
+            what = f"cannot be accessed: {error.strerror}"
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "check the path") from None
         try:
             with files.explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
@@ -164,10 +171,11 @@ class OutputDirectory:
         if self.output.exists() and not self.overwrite and not (resume and self._may_replace):
             configs = [Path(path) for name, path in self.inputs if name == CONFIG_INPUT]
             inside = any(files.contains(self.output, path) for path in configs)
-            fix = f"choose another{' with --set output_dir=NEW' if inside else ''}, or replace it with --overwrite"
+            fix = f"choose another{' with --set output_dir=NEW' if inside else ''}, or replace it with `overwrite=True`"
             if self.is_kept():
                 name = self.partial.name
-                fix = f"if it is the adapter you want, remove {name}; to train again and replace both, use --overwrite"
+                fix = f"if it is the adapter you want, remove {name}; "
+                fix += "to train again and replace both, use `overwrite=True`"
             raise self._refuse(Code.OUTPUT_EXISTS, "already exists", fix)
         if self.output.exists():
             self._check_replaceable(self.output, self.display_name)
@@ -182,23 +190,36 @@ class OutputDirectory:
         alternative = alternative or f"or choose another {self.key}"
         fix, code = f"move it away, {alternative}", Code.OUTPUT_OVERWRITE
         if reason := files.newer(directories.read_record(directory)):
-            what = f"{reason}, so --overwrite does not replace it"
+            what = f"{reason}, so `overwrite=True` does not replace it"
             raise self._refuse(Code.ADAPTER_NEWER_RECORD, what, fix, str(directory / directories.RECORD))
         contents = scan_recorded(directory)
         is_empty = all(map(files.is_incidental_file, contents.files + contents.foreign))
         if not is_empty and not self._holds_output(directory):
-            raise self._refuse(code, f"holds no {self.noun}, so --overwrite does not replace it", fix, where)
+            raise self._refuse(code, f"holds no {self.noun}, so `overwrite=True` does not replace it", fix, where)
         if contents.foreign:
-            what = f"also holds {shortened(contents.foreign)}, not part of the {self.noun}, so --overwrite does not "
-            raise self._refuse(code, f"{what}replace it", f"move or delete these files, {alternative}", where)
+            what = f"also holds {shortened(contents.foreign)}, not part of the {self.noun}"
+            what += ", so `overwrite=True` does not replace it"
+            raise self._refuse(code, what, f"move or delete these files, {alternative}", where)
         for place, _, _ in os.walk(directory):
             if not os.access(place, os.W_OK | os.X_OK):
                 what = f"cannot be replaced: {place} is not writable"
                 raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix, where)
 
     def _check_unused(self, directory: Path, where: str) -> None:
-        """Check that a directory, `where` in messages, is not in use. Raises ConfigError: see `why_in_use`."""
-        what, fix = directories.why_in_use(directory, self.inputs)
+        """Check that a directory can be moved or removed without harm to something else. where: it, in messages.
+
+        Raises ConfigError: it is a mount point; or it is, or holds, the working directory or what the command reads.
+        """
+        what = ""
+        if os.path.ismount(directory):
+            what, fix = "is a mount point", "name a directory inside it that does not exist yet"
+        elif files.contains(directory, Path.cwd()):
+            what, fix = "is, or holds, the working directory", "choose another, or start loratune from elsewhere"
+        for name, path in self.inputs if not what else ():
+            is_own = name == CONFIG_INPUT and is_recorded(directory, Path(path))
+            if files.contains(directory, Path(path)) and not is_own:
+                what = f"is, or holds, what the command reads ({name}: {path})"
+                fix = "choose another directory, or move that"
         if what:
             raise self._refuse(Code.OUTPUT_OVERWRITE, f"{what}, so it cannot be replaced", fix, where)
 
@@ -214,19 +235,26 @@ class OutputDirectory:
 
     def foreign_files(self) -> list[str]:
         """What is in `partial` although no command made it, by paths relative to it; links and pipes always are."""
+        found: list[Path] = []
+        if files.is_directory(self.partial):
+            with suppress(FileNotFoundError):  # another command may be removing it as it ends
+                found = sorted(self.partial.iterdir())
         foreign = []
-        for path in sorted(self.partial.iterdir()) if files.is_directory(self.partial) else []:
+        for path in found:
             if path in self._scanners and files.is_directory(path):
                 foreign += [f"{path.name}/{name}" for name in self._scanners[path](path).foreign]
-            elif not (path in self._files and files.is_file(path)) and not files.is_incidental_file(path.name):
+            elif path in self._files:
+                if files.kind(path) not in ("a file", ""):  # absent: another command has just removed it
+                    foreign.append(path.name)
+            elif not files.is_incidental_file(path.name):
                 foreign.append(path.name)
         return foreign
 
     # Work
 
     @contextmanager
-    def locked(self) -> Iterator[Self]:
-        """Create the work in progress and hold its lock inside. At the end, see `clean_up`.
+    def locked(self, seconds: float = 0.2) -> Iterator[Self]:
+        """Create the work in progress and hold its lock inside. At the end, see `clean_up`. seconds: see `hold_lock`.
 
         Raises:
             LockedError: Another command is working there.
@@ -235,26 +263,27 @@ class OutputDirectory:
         """
         with ExitStack() as stack:
             with files.explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
-                self.partial.mkdir(exist_ok=True)
                 stack.callback(self._remove_empty_partial)  # a signal may come before there is a lock
-                self._check_partial("", str(self.partial))
-                lock = self._hold(stack)
+                lock = self._hold(stack, seconds)
                 stack.callback(self.clean_up)
                 lock.truncate(0)
                 os.write(lock.fileno(), f"process {os.getpid()} on {host()}\n".encode())  # no buffer to flush later
             self.restore_old()  # the last command may have been killed between the two renames of `publish`
             yield self
 
-    def _hold(self, stack: ExitStack) -> TextIO:
-        """The lock file, whose lock is held until the stack is closed, or the process ends in whatever way."""
-        try:
-            file = stack.enter_context(files.open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
-            files.hold_lock(file, str(self.output), self.key)
-            if os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        what = "another run has just ended there"
+    def _hold(self, stack: ExitStack, seconds: float) -> TextIO:
+        """The lock file, whose lock is held until the stack is closed, or the process ends in whatever way. A command
+        that ends removes the file, and a new one is made."""
+        for _ in range(_MOST_ENDING):
+            with suppress(FileExistsError):
+                self.partial.mkdir()
+            self._check_partial("", str(self.partial))
+            with suppress(FileNotFoundError):
+                file = stack.enter_context(files.open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
+                files.hold_lock(file, str(self.output), self.key, seconds)
+                if os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
+                    return file
+        what = "other runs have just ended there"
         raise LockedError(Problem(Code.SYSTEM_LOCKED, what, str(self.output), self.key, "start loratune again"))
 
     def _remove_empty_partial(self) -> None:
@@ -299,13 +328,7 @@ class OutputDirectory:
         `StopSignal.published`.
         """
         self._check_output()
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in sorted(self.staging.rglob("*")):
-            if path.is_file():
-                path.chmod(0o666 & ~umask)
-            files.sync(path)
-        files.sync(self.staging)
+        files.finish(self.staging)
         with signals.hold_signals() as held:
             self._take_place()
             files.sync(self.output.parent)

@@ -1,35 +1,31 @@
 """A file that a command writes to a path given by the user: complete, or not at all.
 
-A regular file is written as `.NAME.RANDOM.unfinished` in the same directory, and renamed when it is complete. So there
-is never half a file, and two commands that name the same file do not mix. Files that cannot be replaced in this way are
-written directly: named pipes, devices such as /dev/null, and open files of this process, such as /dev/stdout.
+A regular file is written beside its path, and renamed when it is complete. So there is never half a file, and two
+commands that name the same file do not mix. Files that cannot be replaced in this way are written directly: named
+pipes, devices such as /dev/null, and open files of this process, such as /dev/stdout.
 """
 
 import errno
 import glob
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from loratune.codes import Code
-from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
+from loratune.errors import ConfigError, Problem, is_disk_full
 from loratune.system.directories import CONFIG
-from loratune.system.files import contains, is_file, kind, sync
-from loratune.system.platforms import SAFE_OPEN
+from loratune.system.files import contains, explain_full_disk, is_file, kind, sync, written_beside
 
 _OPEN_FILE = re.compile(r"/dev/(?P<name>stdout|stderr)|(/dev|/proc/self)/fd/(?P<number>\d+)")
 _STREAMS = {"stdout": 1, "stderr": 2}
 _EXISTS = "already exists"
 HTML = "<!DOCTYPE html>"
 """How a page begins."""
-_NAME_BYTES = 200
-"""The most bytes of a file's name that are used in the name of its unfinished form; a name may have 255."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Output:
 
     Attributes:
         named: The path as the user wrote it.
-        key: The option that it is the value of.
+        key: The parameter or option that it is the value of.
         path: The path with symbolic links resolved.
         handle: The open file of this process that the path names, if it does.
         overwrite: Whether an existing file may be replaced; None if the command never does.
@@ -71,7 +67,7 @@ class Output:
         code, fix = Code.OUTPUT_UNUSABLE, "choose another path"
         if what == _EXISTS:
             code = Code.OUTPUT_EXISTS
-            fix += "" if self.overwrite is None else ", or replace the file with --overwrite"
+            fix += "" if self.overwrite is None else ", or replace the file with `overwrite=True`"
         raise ConfigError(Problem(code, what, self.named, self.key, fix))
 
     def _problem(self, file_kind: str) -> str:
@@ -124,47 +120,24 @@ class Output:
                 name by then, and the message says where the content is.
             ResourceError: The disk is full.
         """
-        try:
-            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream() as file:
-                yield file
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            what, fix = "there is no room on the disk for the output", "make room"
-            raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, self.named, self.key, fix)) from None
+        with explain_full_disk("the output", None, self.path, "make room", self.named, self.key), ExitStack() as stack:
+            try:
+                handle = self._open(stack)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                what = f"cannot be written: {error.strerror}"
+                raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)) from None
+            yield stack.enter_context(open(handle, "w", encoding="utf-8", errors="backslashreplace"))
 
-    @contextmanager
-    def _stream(self) -> Iterator[TextIO]:
-        """A pipe or device, or a file that is open already and is continued at its position. Raises ConfigError: it
-        cannot be opened."""
-        with _text(os.dup(self.handle) if self.handle is not None else self._open(self.path, os.O_WRONLY)) as file:
-            yield file
-
-    @contextmanager
-    def _beside(self) -> Iterator[TextIO]:
-        """A new file, which is renamed at the end."""
-        short = os.fsencode(self.path.name)[:_NAME_BYTES].decode(errors="ignore")
-        unfinished = self.path.with_name(f".{short}.{secrets.token_hex(6)}.unfinished")
-        try:
-            with _text(self._open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE_OPEN)) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:  # also of a signal between the creation of the file, whose name is random, and its use
-            with suppress(OSError):
-                unfinished.unlink()
-            raise
-        self._rename(unfinished)
-
-    def _open(self, path: Path, flags: int) -> int:
-        """The handle of an opened or new file. Raises ConfigError: it cannot be opened or created."""
-        try:
-            return os.open(path, flags, 0o666)
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            what = f"cannot be written: {error.strerror}"
-            raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)) from None
+    def _open(self, stack: ExitStack) -> int:
+        """A new handle: of a file beside the path; or of a pipe, a device, or a file that is open already and is
+        continued at its position. Raises OSError."""
+        if self.handle is not None:
+            return os.dup(self.handle)
+        if not _is_regular(kind(self.path)):
+            return os.open(self.path, os.O_WRONLY)
+        return os.dup(stack.enter_context(written_beside(self.path, self._rename)).fileno())
 
     def _rename(self, unfinished: Path) -> None:
         """Give the complete file its name, unless another file has taken it in the meantime."""
@@ -199,7 +172,7 @@ def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Pat
 
 
 def _unreadable(error: OSError | ValueError) -> str:
-    return f"cannot be examined: {error.strerror if isinstance(error, OSError) else error}"
+    return f"cannot be accessed: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _resolve(path: Path) -> tuple[Path, int | None]:
@@ -242,7 +215,3 @@ def _is_writable(handle: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _text(handle: int) -> TextIO:
-    return open(handle, "w", encoding="utf-8", errors="backslashreplace")

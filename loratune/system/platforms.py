@@ -1,6 +1,9 @@
 """What only some systems have: locks, limits, and flags of files. No other module asks which system it runs on.
 
-Linux has all of it. macOS has no processor affinity and no files in memory; Windows lacks most of the rest.
+Linux has all of it. macOS has no processor affinity and no files in memory; Windows lacks most of the rest: directories
+are not flushed to the disk, so a power cut may cost the last checkpoint; Ctrl-C and SIGTERM are the only signals; and
+who may write to a cache is not checked, as the directories of a user are private there. tests/test_other_systems.py
+masks these things on Linux, and compares the bytes that commands write.
 """
 
 import os

@@ -30,8 +30,8 @@ class StopSignal(KeyboardInterrupt):
 
     Attributes:
         is_resumable: Whether a run has left a checkpoint to resume from.
-        published: The result, which was finished and in its place before the process heeded the signal; None if it was
-            not.
+        published: The result, which was finished and in its place before the process reacted to the signal; None if it
+            was not.
     """
 
     is_resumable = False

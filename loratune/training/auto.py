@@ -5,19 +5,16 @@ sources given with each number. They depend only on config, rows and base, so th
 every machine; a resumed run keeps its choices.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from loratune.codes import Code
-from loratune.config import AUTO, LoraSection, RetentionSection, RunConfig, TrainingSection, decided, from_values
+from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decided, from_values
 from loratune.config.keys import DECIDED_BY_RUN, yaml_flow
-from loratune.config.sections import Section
 from loratune.errors import ConfigError, Problem
 from loratune.text import plural
+from loratune.training.schedule import Schedule
 
 _RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32
 """Learning rate at a reference hidden size, its exponent, and the lora_alpha. Source: the sweep of 35 models
@@ -55,7 +52,7 @@ _FEW_STEPS, _SOME_STEPS = 100, 500
 """The most steps of a run that reads its rows four times, and of one that reads them twice, which is for adapters on q,
 k, v and o alone; with more steps they are read once.
 
-SmolLM2-135M, r = 8, q, k, v and o, with retention (scripts/learning/README.md, Few rows), four passes at half of the
+SmolLM2-135M, r = 8, q, k, v and o, with retention (scripts/learning/length.md, Few rows), four passes at half of the
 rate against two at the whole one, five tasks: over 50 and 100 rows 15 to 39 % less loss on the quickstart's rows, 1 %
 less to 3 % more on the others; over 400 rows 0.5 to 12 % more on four of them. With 250 steps two passes over 1,000
 rows are better than one by 2 % or more; with 1,000 over 4,000 rows of classes by 22 %, from 0.12 to 0.09 nats; with
@@ -77,54 +74,59 @@ _STEPS, _LEAST_STEP, _MOST_STEP = 200, 8, 32
 WHY_ROWS_PER_STEP = f"{_LEAST_STEP} to {_MOST_STEP}, so that a pass has about {_STEPS} steps where the rows allow it"
 
 
+def _no_parameters(lora: LoraSection) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Facts:
-    """The facts that `auto` is decided by.
+    """The facts that `auto` is decided by. The default is that of a check or a count without rows, in which a rank that
+    depends on rows becomes the lowest choice.
 
     Attributes:
         hidden_size: The width of the model; None if its configuration does not define it.
         layers: The depth of the model; None if its configuration does not define it.
-        rows: The number of training rows, or of packs.
+        items: The number of training rows, or of packs.
         supervised: Supervised tokens of one pass over the rows.
         processes: The number of processes.
         unit_parameters: Function that counts the parameters per unit of `r`; `r` of the section is higher than the
             ranks of its patterns.
         start: Settings of the adapter that the run starts from, see `initialize.start_settings`; empty without one.
-        rows_in_pack: The average number of rows per pack; 1 if rows are not packed.
+        rows_in_pack: The average number of rows of a pack, each of which is a micro-step; None if rows are not packed.
     """
 
-    hidden_size: int | None
-    layers: int | None
-    rows: int
-    supervised: int
-    processes: int
-    unit_parameters: Callable[[LoraSection], int]
-    start: Mapping[str, Any]
-    rows_in_pack: float = 1.0
+    hidden_size: int | None = None
+    layers: int | None = None
+    items: int = 0
+    supervised: int = 0
+    processes: int = 1
+    unit_parameters: Callable[[LoraSection], int] = _no_parameters
+    start: Mapping[str, Any] = field(default_factory=dict)
+    rows_in_pack: float | None = None
+
+    def schedule(self, training: TrainingSection) -> Schedule:
+        """The steps of a section without `auto` for the number of passes."""
+        size = training.per_device_train_batch_size if self.rows_in_pack is None else 1
+        return Schedule.of(training, self.items, size, self.processes)
 
 
 Choices = dict[str, tuple[Any, str]]
 """Full key → its value, and the reason."""
 
 
-def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
+def decide(config: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
     """Give each `auto` of `lora` and `training` its value. Raises ConfigError: as `decide_training`."""
-    lora, choices = decide_lora(run.lora, facts)
-    run = run.model_copy(update={"lora": lora})
-    training, more = decide_training(run, facts)
-    return run.model_copy(update={"training": training}), choices | more
+    lora, choices = decide_lora(config.lora, facts)
+    config = config.model_copy(update={"lora": lora})
+    training, more = decide_training(config, facts)
+    return config.model_copy(update={"training": training}), choices | more
 
 
 def lines(choices: Choices) -> Iterator[str]:
     """The choices as lines for the user."""
-    yield from (line(key, value, why) for key, (value, why) in choices.items())
+    yield from (f"auto: {key} is {shown(value)} ({why})" for key, (value, why) in choices.items())
     if choices:
         yield "auto: each can be set instead, in the config or by --set KEY=VALUE"
-
-
-def line(key: str, value: Any, why: str) -> str:
-    """One choice as a line for the user."""
-    return f"auto: {key} is {shown(value)} ({why})"
 
 
 def shown(value: Any) -> str:
@@ -156,13 +158,13 @@ def decide_lora(lora: LoraSection, facts: Facts) -> tuple[LoraSection, Choices]:
     return lora, found
 
 
-def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choices]:
+def decide_training(config: RunConfig, facts: Facts) -> tuple[TrainingSection, Choices]:
     """Rate, schedule and length of a run whose adapter shape is decided.
 
     Raises:
         ConfigError: There is no rate for the optimizer, or for a model of unknown width.
     """
-    training, found, is_continued = run.training, Choices(), run.lora.start_from is not None
+    training, found, is_continued = config.training, Choices(), config.lora.start_from is not None
 
     def choose(key: str, value: Any, why: str) -> None:
         nonlocal training
@@ -170,40 +172,57 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
             training = training.model_copy(update={key: value})
             found[f"training.{key}"] = value, why
 
-    passes = _best_passes(training, run.lora, facts)
+    steps = facts.schedule(training.model_copy(update={"num_train_epochs": 1.0, "max_steps": -1})).steps_of_pass
+    is_attention, passes = _is_attention(config.lora), 1.0
+    if 4 * steps <= _FEW_STEPS:
+        passes = 4.0
+    elif 2 * steps <= _SOME_STEPS and is_attention:
+        passes = 2.0
     if training.max_minutes is not None and training.num_train_epochs == AUTO:
-        most = max(_full_rate_passes(run.lora), passes)
+        most = max(_full_rate_passes(config.lora), passes)
         training = training.model_copy(update={"num_train_epochs": most})
     elif training.max_steps < 0:
-        choose("num_train_epochs", passes, _why_passes(passes, _steps_of_pass(training, facts)))
+        why = f"{steps:,} step{'s' if steps > 1 else ''} in each"
+        if passes > 1:
+            why += f", as there are few rows; if it has not learned enough, try {2 * passes:g}"
+        choose("num_train_epochs", passes, why)
     if training.learning_rate == AUTO:
-        unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
-        if training.optim not in _ADAPTIVE or facts.hidden_size is None:
-            what, key = f"auto knows no rate for {unknown or training.optim}", "training.learning_rate"
-            raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key=key, fix="give it as a number"))
-        rows = round(facts.rows_in_pack * min(facts.rows, rows_of_step(training, facts.processes)))
-        rate, why = learning_rate(run.lora, facts.hidden_size, facts.layers, rows)
-        part, of = 1.0, ""
-        if training.objective != "sft":
-            part, of = _ORPO_RATE if training.objective == "orpo" else _COMPARED_RATE, "of the rate of sft"
-        elif is_continued:
-            part, of = _CONTINUED_RATE, "of the rate of a new adapter, to lose less of the one it continues from"
-        if part < 1:
-            rate, why = float(f"{rate * part:.2g}"), f"{part:g} {of}; {why}"
-        choose("learning_rate", *over_passes(rate, why, _passes(training, facts), run.lora))
+        choose("learning_rate", *_rate_of_run(training, config.lora, facts))
     choose("lr_scheduler_type", "linear", "down to zero")
     grows = "as for a new adapter" if is_continued else "the update starts at zero and grows by itself"
     choose("warmup_steps", 0.0, grows)
     return training, found
 
 
-def lower_rate(run: RunConfig, facts: Facts) -> float:
+def _rate_of_run(training: TrainingSection, lora: LoraSection, facts: Facts) -> tuple[float, str]:
+    """The learning rate of a run whose length is decided, and why. Raises as `decide_training`."""
+    unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
+    if training.optim not in _ADAPTIVE or facts.hidden_size is None:
+        what, key = f"auto knows no rate for {unknown or training.optim}", "training.learning_rate"
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key=key, fix="give it as a number"))
+    schedule = facts.schedule(training)
+    rows = round((facts.rows_in_pack or 1.0) * schedule.items_of_step)
+    rate, why = learning_rate(lora, facts.hidden_size, facts.layers, rows)
+    part, of = 1.0, ""
+    if training.objective != "sft":
+        part, of = _ORPO_RATE if training.objective == "orpo" else _COMPARED_RATE, "of the rate of sft"
+    elif lora.start_from is not None:
+        part, of = _CONTINUED_RATE, "of the rate of a new adapter, to lose less of the one it continues from"
+    if part < 1:
+        rate, why = float(f"{rate * part:.2g}"), f"{part:g} {of}; {why}"
+    if training.max_minutes is not None:  # the steps are not known yet, see `time_budget`
+        return rate, why
+    passes = schedule.passes if training.max_steps > 0 else decided(training.num_train_epochs)
+    return over_passes(rate, why, passes, lora)
+
+
+def lower_rate(config: RunConfig, facts: Facts) -> float:
     """A learning rate to suggest if the rate of a run was too high: the choice of `auto`, if that is at most half of
-    it, otherwise a tenth of it. run: without `auto`."""
-    rate = decided(run.training.learning_rate)
-    training = run.training.model_copy(update={"learning_rate": AUTO})
+    it, otherwise a tenth of it. config: without `auto`."""
+    rate = decided(config.training.learning_rate)
+    training = config.training.model_copy(update={"learning_rate": AUTO})
     try:
-        found = decided(decide_training(run.model_copy(update={"training": training}), facts)[0].learning_rate)
+        found = decided(decide_training(config.model_copy(update={"training": training}), facts)[0].learning_rate)
     except ConfigError:
         found = rate
     return found if found <= rate / 2 else rate / 10
@@ -212,11 +231,6 @@ def lower_rate(run: RunConfig, facts: Facts) -> float:
 def rows_per_step(rows: int) -> int:
     """Rows of an optimizer step for a number of training rows: a power of two."""
     return 1 << (min(max(rows // _STEPS, _LEAST_STEP), _MOST_STEP).bit_length() - 1)
-
-
-def rows_of_step(training: TrainingSection, processes: int) -> int:
-    """Rows of an optimizer step over all processes."""
-    return processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
 def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows: int) -> tuple[float, str]:
@@ -275,55 +289,6 @@ def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tupl
     return float(f"{rate * share:.2g}"), f"{rate:g}, less for {passes:.3g} passes; {why}"
 
 
-def _passes(training: TrainingSection, facts: Facts) -> float:
-    """Passes over the rows; 1 in a run with a time budget, as its steps are not known yet."""
-    if training.max_minutes is not None:
-        return 1.0
-    if training.max_steps > 0:
-        return training.max_steps / _steps_of_pass(training, facts)
-    return decided(training.num_train_epochs)
-
-
-def _best_passes(training: TrainingSection, lora: LoraSection, facts: Facts) -> float:
-    """How often rows are read; see `_FEW_STEPS`."""
-    steps = _steps_of_pass(training, facts)
-    if 4 * steps <= _FEW_STEPS:
-        return 4.0
-    return 2.0 if 2 * steps <= _SOME_STEPS and _is_attention(lora) else 1.0
-
-
-def _why_passes(passes: float, steps: int) -> str:
-    why = f"{steps:,} step{'s' if steps > 1 else ''} in each"
-    return f"{why}, as there are few rows; if it has not learned enough, try {2 * passes:g}" if passes > 1 else why
-
-
-def _steps_of_pass(training: TrainingSection, facts: Facts) -> int:
-    """Optimizer steps of one pass over the rows."""
-    one = training.model_copy(update={"num_train_epochs": 1.0, "max_steps": -1})
-    return optimizer_steps(one, facts.rows, training.per_device_train_batch_size, facts.processes)[1]
-
-
-def optimizer_steps(training: TrainingSection, items: int, size: int, processes: int) -> tuple[int, int]:
-    """The optimizer steps of a run and those of one pass over the rows, as Trainer counts them.
-
-    Args:
-        training: The section, without `auto`.
-        items: Training items, which are rows or packs of them.
-        size: Items of a micro-step for each process.
-        processes: How many processes there are.
-    """
-    micro_steps = -(-items // (size * processes))
-    per_epoch = -(-micro_steps // training.gradient_accumulation_steps)
-    if training.max_steps > 0:
-        return training.max_steps, per_epoch
-    return math.ceil(decided(training.num_train_epochs) * per_epoch), per_epoch
-
-
-def items_of_step(training: TrainingSection, items: int, size: int, processes: int) -> int:
-    """The items of a whole optimizer step in all processes; arguments as for `optimizer_steps`."""
-    return min(items, processes * size * training.gradient_accumulation_steps)
-
-
 def writing_notes(passes: int, steps: int, training: TrainingSection) -> Iterator[str]:
     """A line if writing the texts of `retention` may take longer than half of the training, which has three passes a
     micro-step: a pass takes as long as reading the weights where the model is large and rows are short."""
@@ -335,76 +300,49 @@ def writing_notes(passes: int, steps: int, training: TrainingSection) -> Iterato
         )
 
 
-def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSection:
-    """The section for a check or a count without rows; a rank that depends on rows is set to the lowest choice.
-
-    start: as in `Facts`.
-    """
-    return decide_lora(lora, Facts(None, None, 0, 0, 1, lambda _: 0, start))[0]
-
-
-_SECTIONS: dict[str, type[Section]] = {"lora": LoraSection, "training": TrainingSection, "retention": RetentionSection}
-_DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO]
-"""Section and name of each key that can be `auto`."""
-_OTHERS = ("data", "truncation"), ("model", "use_liger_kernel")
-_KEPT = [key for key in _DECIDED if key[0] in _SECTIONS or key in _OTHERS]
-"""Those that a resumed run keeps; `data.truncation` of an earlier release that had no `auto`, and cut texts."""
+_OTHER_RECORDED = ("data.truncation", "data.empty_reasoning", "model.use_liger_kernel")
+_RECORDED = [
+    key
+    for key, value in DECIDED_BY_RUN.items()
+    if value == AUTO and (key.startswith(("lora.", "training.", "retention.")) or key in _OTHER_RECORDED)
+]
+"""Full keys that can be `auto` in a config, and that a resumed run takes as they were decided. `data.truncation` is
+among them since an earlier release had no `auto`, and cut texts."""
 
 
-def with_added_sections(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded config of a run, with the sections that runs of earlier releases did not have, as these computed."""
-    return {"retention": {"kl_weight": 0.0}, **recorded}
+def decided_values(config: RunConfig) -> dict[str, Any]:
+    """Full key → value, of all that can be `auto`; a checkpoint records them. config: one without `auto`."""
+    return recorded_values(config.resolved())
 
 
-def are_recorded(recorded: Mapping[str, Any]) -> bool:
-    """Whether a record has valid, decided values for those of its keys that can be `auto`.
-
-    recorded: the config of an interrupted run as JSON values, not yet validated.
-    """
-    recorded = with_added_sections(recorded)
-    if not all(isinstance(recorded.get(name), dict) for name in ("data", "model", *_SECTIONS)):
-        return False
-    for name, key in _DECIDED:
-        if name in _SECTIONS and key in recorded[name]:
-            try:
-                _SECTIONS[name].model_validate({key: recorded[name][key]})
-            except ValidationError:
-                return False
-            if recorded[name][key] == AUTO:
-                return False
-    return True
+def recorded_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As `decided_values`, of a config as JSON values; a release without a section did what its 0 does."""
+    values, found = {"retention": {"kl_weight": 0.0}, **config}, dict[str, Any]()
+    for key in [*_RECORDED, "training.max_steps"]:
+        section, name = key.split(".")
+        if isinstance(values.get(section), dict) and values[section].get(name) not in (None, AUTO):
+            found[key] = values[section][name]
+    return found
 
 
-def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Full key → value decided before an interruption, for each key that is `auto`.
+def with_decided(config: RunConfig, recorded: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """The config with `auto` and a time budget replaced by what was decided before an interruption; and the values
+    that replace `auto`, by their full keys.
 
-    recorded: the config of the interrupted run as JSON values, for which `are_recorded` holds.
-    """
-    values, recorded = run.model_dump(), with_added_sections(recorded)
-    is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
-    return {
-        f"{name}.{key}": recorded[name][key]
-        for name, key in _KEPT
-        if values[name][key] == AUTO and recorded[name].get(key, AUTO) != AUTO
-        if not (key == "num_train_epochs" and is_length_set)
-    }
-
-
-def keep(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
-    """The config with `auto` and a time budget replaced by the values decided before the interruption.
-
-    recorded: as in `kept`.
+    recorded: the result of `decided_values`.
 
     Raises:
         ConfigError: The decided values contradict the current config.
     """
-    values = run.model_dump()
-    for name, value in kept(run, recorded).items():
-        section, key = name.split(".")
-        values[section][key] = value
+    values, taken = config.model_dump(), dict[str, Any]()
     training = values["training"]
+    is_length_set = training["max_steps"] > 0 or training["max_minutes"] is not None
+    for key in _RECORDED:
+        section, name = key.split(".")
+        if values[section][name] == AUTO and key in recorded and not (name == "num_train_epochs" and is_length_set):
+            values[section][name] = taken[key] = recorded[key]
     if training["max_minutes"] is not None:
-        training |= {"max_minutes": None, "max_steps": recorded["training"]["max_steps"]}
+        training |= {"max_minutes": None, "max_steps": recorded["training.max_steps"]}
     if training["max_steps"] > 0:
         training["num_train_epochs"] = AUTO
-    return from_values(values, "the config, with what was decided before the interruption")
+    return from_values(values, "the config, with what was decided before the interruption"), taken

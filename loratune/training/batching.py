@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from loratune.compare.objectives import Formula
 from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
 from loratune.data import TokenizedDataset
-from loratune.data.batches import flatten, packing_refusal, padding_is_cheaper, padding_refusal
+from loratune.data.batch_check import BatchCheck, padding_is_cheaper
+from loratune.data.batches import flatten
 from loratune.data.packing import BatchLayout, Packing, PrefixTree
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, ModelError, Problem
@@ -26,7 +26,6 @@ from loratune.kernels import Acceleration
 from loratune.lora import attach
 from loratune.model import load
 from loratune.system import launcher
-from loratune.system.kept_results import REFUSAL
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto
 from loratune.training.comparisons import choosing
@@ -39,6 +38,7 @@ from loratune.training.retention import (
     sample_count,
     step_tokens,
 )
+from loratune.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def batch(
     model: Any,
     pad_id: int,
     splits: Mapping[str, TokenizedDataset],
-    run: RunConfig,
+    config: RunConfig,
     group: Group = SINGLE_PROCESS,
     fingerprint: str = "",
 ) -> BatchedDatasets:
@@ -124,23 +124,24 @@ def batch(
         model: A `PeftModel` with its weights, which is not changed.
         pad_id: The token for padding.
         splits: Split name → rows.
-        run: The config, with packing, batch size and objective.
+        config: The config, with packing, batch size and objective.
         group: The processes of the run.
         fingerprint: That of the base, see `kernels.accelerate`.
 
     Raises:
         ModelError: Rows cannot be packed, and padding would change the results of the model.
     """
-    section, training, train = run.data, run.training, splits["train"]
+    section, training, train = config.data, config.training, splits["train"]
     sharded, shares = bool(launcher.sharding()), section.share_prefixes is True
     acceleration = kernels.accelerate(
         model, attach.adapted_linear, sharded=sharded, trees=shares, fingerprint=fingerprint
     )
-    objective = objective_of(splits, run)
+    objective = objective_of(splits, config)
     with acceleration.applied(model):
         mixed = not kernels.attends_by_rows(model)
         packing, notes = _packing(model, train, section, training, acceleration, mixed=mixed)
-        if packing == "none":
+        if "none" in group.all_gather(packing):  # Processes with other batches would wait for each other for ever.
+            packing = "none"
             _check_padding(model, pad_id, training, train.rows_per_example, acceleration)
         layouts = {}
         for name, split in splits.items():
@@ -150,9 +151,10 @@ def batch(
                 size, longest = training.per_device_train_batch_size, section.max_length
                 layouts[name] = BatchLayout(items, split.rows.lengths, packing, size, longest, pad_id, together)
         saved, more = sharing(model, layouts["train"], section, acceleration)
+        saved = None if None in group.all_gather(saved) else saved
         layout = layouts["train"]
-        count = auto.items_of_step(training, len(layout.items), layout.size, group.count)
-        is_same = count == layout.size or not run.has_retention
+        count = min(len(layout.items), group.count * layout.size * training.gradient_accumulation_steps)
+        is_same = count == layout.size or not config.has_retention
         of_step = saved if is_same else sharing(model, layout, section, acceleration, count)[0]
         tokens = step_tokens(train.rows.lengths, layout, count, of_step or 0.0)
     if saved is not None:
@@ -164,7 +166,7 @@ def batch(
     held_out, chooses = None, frozenset[int]()
     if (validation := splits.get("validation")) is not None:
         copies = objective.copies(validation)
-        if chooses := choosing(validation, run):
+        if chooses := choosing(validation, config):
             copies = {number: count for number, count in copies.items() if number in chooses}
         held_out = engine.plan(validation, copies, objective)
     counts_prompts = section.prompt_loss_weight > 0
@@ -175,22 +177,25 @@ def batch(
     )
 
 
-def decide_kernels(run: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The config with a decided `model.use_liger_kernel`, and lines for the user."""
-    used, notes = kernels.uses_liger(run.model.use_liger_kernel)
-    section = run.model.model_copy(update={"use_liger_kernel": used})
-    return run.model_copy(update={"model": section}), notes
+def decide_kernels(config: RunConfig, model: Any, group: Group = SINGLE_PROCESS) -> tuple[RunConfig, list[str]]:
+    """The config with a decided `model.use_liger_kernel`, and lines for the user. model: see `batch`."""
+    used, notes = kernels.uses_liger(config.model.use_liger_kernel, model)
+    used = all(group.all_gather(used))
+    section = config.model.model_copy(update={"use_liger_kernel": used})
+    return config.model_copy(update={"model": section}), notes
 
 
-def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Objective:
+def objective_of(splits: Mapping[str, TokenizedDataset], config: RunConfig) -> Objective:
     """The objective of a run; for preferences with the rows of each split."""
-    if run.training.objective == "sft":
-        is_weighted = run.data.prompt_loss_weight > 0 or any(
+    if config.training.objective == "sft":
+        is_weighted = config.data.prompt_loss_weight > 0 or any(
             split.rows.weights is not None for split in splits.values()
         )
-        return WeightedObjective(run.data.prompt_loss_weight) if is_weighted else SFT
-    compared = {name: ComparedRows(split, run.data.max_length, run.training.seed) for name, split in splits.items()}
-    return PreferenceObjective(Formula.of(run.training.objective, run.preferences), compared)
+        return WeightedObjective(config.data.prompt_loss_weight) if is_weighted else SFT
+    compared = {
+        name: ComparedRows(split, config.data.max_length, config.training.seed) for name, split in splits.items()
+    }
+    return PreferenceObjective(Formula.of(config.training.objective, config.preferences), compared)
 
 
 def sharing(
@@ -222,9 +227,9 @@ def is_sharing_asked(section: DataSection, saved: float) -> bool:
     return section.share_prefixes is True or (section.share_prefixes == AUTO and saved >= WORTH_SHARING)
 
 
-def would_share(run: RunConfig, saved: float) -> bool:
+def would_share(config: RunConfig, saved: float) -> bool:
     """Whether batches of a run on a CPU would share prefixes, judged by its config. saved: the result of `saving`."""
-    return run.data.packing != "none" and not run.lora.lora_dropout and is_sharing_asked(run.data, saved)
+    return config.data.packing != "none" and not config.lora.lora_dropout and is_sharing_asked(config.data, saved)
 
 
 def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]], int]:
@@ -263,8 +268,7 @@ def _packing(
         return "none", [f"data.packing: {name} attends to all rows of a batch at once, which costs more than padding"]
     most_tokens = lengths[-size:].sum() if section.packing == "batch" else min(lengths.sum(), size * section.max_length)
     asked = int(lengths[-1]), int(most_tokens) if mixed else 0
-    refusal = partial(packing_refusal, model, *asked, acceleration.sample)
-    if (reason := acceleration.checks.once(f"packing {asked}", REFUSAL, refusal)) is None:
+    if (reason := BatchCheck(model, acceleration).packing(*asked)) is None:
         return section.packing, []
     return "none", [f"data.{reason}; rows are {'padded' if size > 1 else 'computed one by one'} instead"]
 
@@ -274,8 +278,7 @@ def _check_padding(
 ) -> None:
     """Check that a model supports padded rows, if batches have several. Raises ModelError: it does not."""
     size = training.per_device_train_batch_size
-    refusal, once = partial(padding_refusal, model, pad_id, acceleration.sample), acceleration.checks.once
-    if size * rows_per_example == 1 or (reason := once(f"padding {pad_id}", REFUSAL, refusal)) is None:
+    if size * rows_per_example == 1 or (reason := BatchCheck(model, acceleration).padding(pad_id)) is None:
         return
     fix = "pairs are always padded, so use another objective or another model"
     if rows_per_example == 1:
@@ -307,7 +310,7 @@ def with_retention(
         choices["retention.kl_weight"] = auto_weight(config)
     weight = choices["retention.kl_weight"][0] if choices else section.kl_weight
     train, training = batches.train, config.training
-    steps = auto.optimizer_steps(training, len(train.items), train.size, group.count)[0]
+    steps = Schedule.of(training, len(train.items), train.size, group.count).steps
     tokens = int(steps * batches.tokens_of_step) if training.max_minutes is None else None
     count, why = sample_count(tokens, section.max_new_tokens)
     if section.num_samples != AUTO:

@@ -41,7 +41,7 @@ _METRICS = ("reward_accuracy", "reward_margin")
 """Preference metrics that the trainer logs in addition to the loss."""
 
 
-class NonFiniteGuard(TrainerCallback):
+class StepLoss(TrainerCallback):
     """Computes the loss of every micro-step, and ends the run as soon as a number is not finite.
 
     Attributes:
@@ -114,8 +114,8 @@ def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> Num
     """
     if (earlier := checkpoints.discard(step)) is None:
         return NumericError(problem)
-    resume = "--resume --allow-change training.learning_rate"
-    continuation = f"step {earlier} is kept: continue from there with {resume}, or start afresh with --overwrite"
+    resume = "`resume=['training.learning_rate']`"
+    continuation = f"step {earlier} is kept: continue from there with {resume}, or start afresh with `overwrite=True`"
     return NumericError(replace(problem, fix=f"{problem.fix}; {continuation}"))
 
 

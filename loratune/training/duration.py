@@ -1,16 +1,13 @@
-"""Chooses the steps at which a run is evaluated, and estimates how long the run takes.
+"""Estimates how long a run takes.
 
-Evaluation steps are those of the config, or chosen before the first step from counts alone: the same rows and settings
-give the same steps, in every process, on every machine, and in a run that is resumed.
-
-The time of a batch is `a + b * operations`, where its floating-point operations are counted from the lengths of its
-rows, padding included: so the rows of each step decide, in the order in which the run reads them. Before a run,
-`seconds_per_operation` measures b by layers with random weights, so that neither the base nor its weights are needed;
-a run with a time budget fits a and b to batches that it times, see `time_budget`.
+The time of a batch is proportional to its floating-point operations, which are counted from the lengths of its rows,
+padding included: so the rows of each step decide, in the order in which the run reads them. Before a run,
+`seconds_per_operation` measures the time of an operation by layers with random weights, so that neither the base nor
+its weights are needed; a run with a time budget measures it by some of its batches, see `time_budget`.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Self
@@ -27,9 +24,9 @@ from loratune.lora import parameters
 from loratune.lora.module_names import without_wrappers
 from loratune.model import load
 from loratune.system import accelerator
-from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler, would_share
 from loratune.training.retention import SHARE
+from loratune.training.schedule import Schedule
 
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the
@@ -55,80 +52,6 @@ _WIDTH, _TOKENS = 4096, 2048
 _SECONDS, _SHARE, _REPEATS = 3.0, 0.01, 5
 """How long it is repeated at most, also as a part of the estimate, and how often at least. On a busy machine a process
 is fast in its first second, before its share of the processors is used up."""
-_EVALUATIONS = 10
-"""The approximate number of evaluations if it is not configured."""
-_FORWARD = 3
-"""A token that is trained on costs as much as so many that are only read: the backward pass takes twice the forward's
-arithmetic."""
-_PARTS = 10
-"""All evaluations together cost at most this part of the training, beyond the one that ends the run."""
-
-
-@dataclass(frozen=True)
-class EvaluationSteps:
-    """When a run is evaluated.
-
-    Attributes:
-        interval: Optimizer steps between two evaluations. One more ends the run unless its last step has one anyway.
-        steps: Optimizer steps of the run.
-        trained: Tokens that these steps train on.
-        held_out: Tokens that one evaluation reads.
-    """
-
-    interval: int
-    steps: int
-    trained: int
-    held_out: int
-
-    @property
-    def count(self) -> int:
-        """How many evaluations there are."""
-        return -(-self.steps // self.interval)
-
-    @property
-    def share(self) -> float:
-        """The cost of all evaluations, as a fraction of the training."""
-        return self.count * self.held_out / (_FORWARD * self.trained)
-
-    def __str__(self) -> str:
-        """`evaluating every 40 of 200 steps: 5 times, 7,642 tokens each, which costs 2.1 % of the training`."""
-        cost = (
-            f"{self.held_out:,} tokens{' each' if self.count > 1 else ''}, which costs {self.share:.1%} of the training"
-        )
-        if self.count == 1:
-            when = f"after the last of {self.steps:,} steps" if self.steps > 1 else "after the only step"
-            return f"evaluating once, {when}: {cost}"
-        return f"evaluating every {self.interval:,} of {self.steps:,} steps: {self.count:,} times, {cost}"
-
-
-def evaluation_steps(
-    training: TrainingSection, items: int, size: int, processes: int, trained: int, held_out: int
-) -> EvaluationSteps:
-    """When a run is evaluated.
-
-    Args:
-        training: The section, whose `eval_steps` is kept if it is set.
-        items: Training items, which are rows or packs of them.
-        size: Items of a micro-step for each process.
-        processes: How many processes there are.
-        trained: Tokens of one pass over the training rows.
-        held_out: Tokens of the validation rows.
-    """
-    steps, per_epoch = optimizer_steps(training, items, size, processes)
-    tokens = max(1, trained * steps // per_epoch)
-    return EvaluationSteps(training.eval_steps or interval(steps, tokens, held_out), steps, tokens, held_out)
-
-
-def interval(steps: int, trained: int, held_out: int) -> int:
-    """Steps between two evaluations such that there are about ten, which together cost at most a tenth of the training.
-
-    Args:
-        steps: Optimizer steps of the run.
-        trained: Tokens that these train on.
-        held_out: Tokens that one evaluation reads.
-    """
-    affordable = _FORWARD * trained // (_PARTS * max(1, held_out))
-    return -(-steps // max(1, min(_EVALUATIONS, affordable)))
 
 
 @dataclass(frozen=True)
@@ -162,24 +85,32 @@ class Costs:
 
     @classmethod
     def of_run(
-        cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float, rows_per_example: int = 1
+        cls,
+        model: Any,
+        config: RunConfig,
+        lengths: Numbers,
+        supervised: Numbers,
+        saved: float,
+        rows_per_example: int = 1,
     ) -> Self:
         """The costs of a run without `auto`, with the batches of its config.
 
         Args:
             model: As in `of_layout`.
-            run: The run.
+            config: The run.
             lengths: (rows,), or (pairs,) for the two answers of each pair together.
             supervised: Like `lengths`.
             saved: The approximate share of tokens saved by shared prefixes.
             rows_per_example: The number of answers per length.
         """
-        size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
-        layout = BatchLayout(lengths, lengths, run.data.packing, size, rows_per_example * run.data.max_length, pad_id=0)
-        if would_share(run, saved):
+        size, checkpointed = config.training.per_device_train_batch_size, config.training.activation_checkpointing
+        layout = BatchLayout(
+            lengths, lengths, config.data.packing, size, rows_per_example * config.data.max_length, pad_id=0
+        )
+        if would_share(config, saved):
             layout = layout.sharing(saved)
         found = cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
-        if not run.has_retention:
+        if not config.has_retention:
             return found
         token, label, pair = found.weights
         return replace(found, weights=((1 + SHARE) * token, (1 + SHARE) * label, pair))
@@ -193,13 +124,14 @@ class Costs:
             share: The fraction of the rows that is trained on.
         """
         items, tokens = max(1, round(share * len(self.layout.items))), int(self.lengths.sum())
-        plan = evaluation_steps(training, items, self.layout.size, 1, round(share * tokens), held_out)
+        schedule = Schedule.of(training, items, self.layout.size)
+        evaluations = schedule.evaluations(training.eval_steps, round(share * tokens), held_out)
         one_pass = float(next(self.micro_steps(training.seed, 1)).sum())
-        steps = one_pass * plan.trained / tokens * (1 + plan.share)
+        steps = one_pass * evaluations.trained / tokens * (1 + evaluations.share)
         if training.objective not in WITH_REFERENCE:
-            return plan.steps, steps
+            return schedule.steps, steps
         twice = WITH_MISMATCHED if training.objective == "kto" else 1.0
-        return plan.steps, twice * (steps + READ * one_pass * (share + held_out / tokens))
+        return schedule.steps, twice * (steps + READ * one_pass * (share + held_out / tokens))
 
     @property
     def of_rows(self) -> NDArray[np.float64]:
@@ -300,50 +232,3 @@ def seconds_per_operation(model: Any, section: ModelSection, costs: Costs, opera
 def _step(layer: nn.Module, states: torch.Tensor) -> None:
     layer(states).sum().backward()
     accelerator.synchronize(states.device)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The time of batches: `per_batch` seconds each, and `per_operation` seconds for each operation."""
-
-    per_batch: float
-    per_operation: float
-
-    @classmethod
-    def fitted(cls, operations: Sequence[float], seconds: Sequence[float]) -> "Speed":
-        """The least-squares line through the times of batches.
-
-        A negative slope or intercept, which occurs if the times vary more than the batches, is set to 0.
-        """
-        work, taken = np.asarray(operations, np.float64), np.asarray(seconds, np.float64)
-        if not work.sum():
-            return cls(float(taken.mean()), 0.0)
-        proportional = cls(0.0, float(taken.sum() / work.sum()))
-        deviations = work - work.mean()
-        if not (spread := float(deviations @ deviations)):
-            return proportional
-        slope = float(deviations @ (taken - taken.mean())) / spread
-        if slope <= 0:
-            return cls(float(taken.mean()), 0.0)
-        intercept = float(taken.mean() - slope * work.mean())
-        return cls(intercept, slope) if intercept >= 0 else proportional
-
-    def seconds(self, batches: float, operations: float) -> float:
-        """The time of a number of batches with a total number of operations."""
-        return self.per_batch * batches + self.per_operation * operations
-
-
-def step_seconds(
-    micro_steps: Iterator[NDArray[np.float64]], speed: Speed, optimizer: float, accumulation: int
-) -> Iterator[NDArray[np.float64]]:
-    """For each epoch, (steps,), the seconds of its optimizer steps.
-
-    Args:
-        micro_steps: For each epoch, the operations of its micro-steps.
-        speed: The speed of micro-steps.
-        optimizer: Seconds of the optimizer in each step.
-        accumulation: Micro-steps of a step; the last step of an epoch may have fewer.
-    """
-    for operations in micro_steps:
-        taken = speed.per_batch + speed.per_operation * operations
-        yield np.add.reduceat(taken, np.arange(0, len(taken), accumulation)) + optimizer

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 
 from loratune import config, memory
 from loratune.config import AUTO, Draft, RunConfig
-from loratune.data.holding_out import hold_out
 from loratune.data.measured_rows import OBJECTIVES, MeasuredRows, fit_length, measure
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
-from loratune.events import note
 from loratune.lora import adapter_files, creation, initialize
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
@@ -38,8 +36,8 @@ _TITLE = (
 )
 _SCARCE = "half of the memory would not suffice without"
 _COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
-"""`max_length`: this share of the rows stays whole in any case, and all do if the longest row is at most so many times
-as long; it is a multiple of 64."""
+"""`max_length`: this share of the rows stays whole in any case, and all do if the longest row is at most twice as
+long; it is a multiple of 64."""
 _WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT, _LEAST_ROWS = 0.1, 100, 0.2, 500, 50
 """A tenth of the rows is held out; up to a fifth, to get 100; at most 500; and of fewer than 50 rows none."""
 _BLOCK = 1024
@@ -85,6 +83,7 @@ class InitialConfig:
         context: The number of positions of the model, if known.
         steps: Optimizer steps of training.
         seconds: The estimated time of training, with evaluations.
+        remarks: Lines for the user on the rows, the model and what is held out.
     """
 
     text: str
@@ -97,6 +96,7 @@ class InitialConfig:
     context: int | None
     steps: int
     seconds: float
+    remarks: list[str]
 
 
 def init(run: RunConfig, draft: Draft) -> InitialConfig:
@@ -117,7 +117,7 @@ def init(run: RunConfig, draft: Draft) -> InitialConfig:
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary, run.data.chat_template_kwargs)
     rows, remarks = measure(run.data, renderer, vocabulary)
-    held_out = _choose_data(draft, run, rows, context)
+    held_out, on_holding_out = _choose_data(draft, run, rows, context)
     if run.lora.start_from is None:
         draft.choose("lora.r", run.lora.r, "rank of the update")
         draft.choose("lora.target_modules", run.lora.target_modules, "the default; all-linear adapts the MLP as well")
@@ -129,8 +129,6 @@ def init(run: RunConfig, draft: Draft) -> InitialConfig:
     trained, facts = _facts(run, rows, held_out, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
     model, targets = creation.adapt(load.build_meta(model_config, run.model), lora, seed=0)
-    for line in (*released, *(f"rows: {remark}" for remark in remarks), *targets.notes):
-        note(line)
     machine, free = load.this_machine(), memory.available(load.device())
     quantizable = not machine.bitsandbytes and run.model.gguf_file is None
     quantizable &= quantization.record_of(model_config.to_dict()) is None or bool(released)
@@ -147,21 +145,24 @@ def init(run: RunConfig, draft: Draft) -> InitialConfig:
     count = creation.count(model, creation.initialize_adapter(model, lora))
     cores = platforms.processor_count()
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
-    return InitialConfig(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
+    remarks = [*remarks, *on_holding_out, *released, *targets.notes]
+    return InitialConfig(text, run, rows, cut, fitting, count, hardware, context, steps, seconds, remarks)
 
 
-def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None) -> int:
-    """Choose the section `data`. Returns the number of training rows that are held out."""
+def _choose_data(
+    draft: Draft, config: RunConfig, rows: MeasuredRows, context: int | None
+) -> tuple[int, tuple[str, ...]]:
+    """Choose the section `data`. Returns the number of training rows that are held out, and lines on how."""
     if rows.choice.columns:
         draft.choose("data.columns", rows.choice.columns, rows.choice.why)
     chat = ", through the model's chat template" if rows.train.chat else ""
     count = f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}"
-    draft.reasons["data.train"] = f"{count}, {' and '.join(rows.train.formats)}{chat}"
+    draft.reasons["data.train"] = f"{count}: {rows.train.described}{chat}"
     if labels := rows.classes.joined():
         draft.propose("data.labels", labels, "for classes that look alike: the first are learned as the second")
-    paired, split = rows.rows_per_example > 1, run.data.truncation_of(is_text=rows.is_text) == "split"
+    paired, split = rows.rows_per_example > 1, config.data.truncation_of(is_text=rows.is_text) == "split"
     blocks = int(rows.all_lengths.sum()) // _BLOCK if split else 0
-    held_out = _choose_validation(draft, run, rows, blocks)
+    held_out, remarks = _choose_validation(draft, config, rows, blocks)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
     length, why = max_length(rows.all_lengths, context, paired=paired, split=split)
@@ -170,34 +171,32 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
     if (kind := rows.train.kind) is not None:
         draft.choose("training.objective", OBJECTIVES[kind], f"the rows are {kind}")
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
-    return held_out
+    return held_out, remarks
 
 
-def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, blocks: int) -> int:
-    """Choose the fraction of held-out rows, unless there are validation files. Returns the number of held-out rows."""
+def _choose_validation(draft: Draft, config: RunConfig, rows: MeasuredRows, blocks: int) -> tuple[int, tuple[str, ...]]:
+    """Choose the fraction of held-out rows, unless there are validation files. Returns as `_choose_data`."""
     best = "they measure the gain, and choose the step if there are several evaluations"
-    fraction = run.data.validation if draft.has("data.validation") else validation(len(rows.train), blocks)
+    fraction = config.data.validation if draft.has("data.validation") else validation(len(rows.train), blocks)
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):
-        mask, remarks = hold_out(rows.train.index, rows.train.mask, fraction, run.data.group_by, run.training.seed)
-        held_out = int(mask.sum())
+        _, apart = rows.train.hold_out(fraction, config.training.seed)
+        held_out = len(apart)
         if held_out < len(rows.train) or draft.has("data.validation"):
-            labels = f", stratified by {rows.classes.labels} labels" if rows.classes.labels else ""
+            labels = ", stratified by label" if rows.classes.labels else ""
             draft.choose("data.validation", fraction, f"{held_out:,} rows are held out{labels}; {best}")
-            for remark in remarks:
-                note(f"data.validation: {remark}")
-            return held_out
+            return held_out, apart.notes
         why = "all of them belong together, as copies, or by their prompts, so that none can be held out"
         draft.reasons["data.train"] += f"; {why}"
     elif not draft.has("data.validation"):
         draft.reasons["data.train"] += "; too few to hold out some for data.validation"
-    return 0
+    return 0, ()
 
 
-def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
+def _choose_training(draft: Draft, config: RunConfig, step: int, fitting: Fit) -> None:
     """Choose the batch size, and settings that save memory if needed."""
-    if run.training.max_minutes is not None:
+    if config.training.max_minutes is not None:
         draft.reasons["training.max_minutes"] = "the number of steps is fixed from it before the first one"
     size, (total, free) = fitting.batch, (count / (1 << 30) for count in (fitting.estimate.total, fitting.free))
     why = "all rows of a step at once" if size == step else "the most that leave half of the free memory free"
@@ -213,7 +212,7 @@ def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> N
 
 
 def fit(
-    model: Any, run: RunConfig, draft: Draft, rows: MeasuredRows, step: int, free: int, *, quantizable: bool
+    model: Any, config: RunConfig, draft: Draft, rows: MeasuredRows, step: int, free: int, *, quantizable: bool
 ) -> Fit:
     """The largest micro-batch that uses at most half of the free memory. Activation checkpointing and quantization are
     used only if no batch fits without them; if none fits at all, the smallest is returned.
@@ -228,16 +227,16 @@ def fit(
     """
     batches = [step >> shift for shift in range(step.bit_length())]
     if draft.has("training.per_device_train_batch_size"):
-        batches = [run.training.per_device_train_batch_size]
+        batches = [config.training.per_device_train_batch_size]
     formats: list[memory.WeightFormat] = ["none", "4bit"] if quantizable else ["none"]
-    formats = [run.model.quantization] if draft.has("model.quantization") else formats
+    formats = [config.model.quantization] if draft.has("model.quantization") else formats
     is_set = draft.has("training.activation_checkpointing")
-    checkpointing = [run.training.activation_checkpointing] if is_set else [False, True]
+    checkpointing = [config.training.activation_checkpointing] if is_set else [False, True]
 
     def fitted(batch: int, weights: memory.WeightFormat, checkpointed: bool) -> Fit:
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": max(1, step // batch)}
-        training = run.training.model_copy(update={**changes, "activation_checkpointing": checkpointed})
-        estimate = estimate_rows(model, run.model_copy(update={"training": training}), rows, weights)
+        training = config.training.model_copy(update={**changes, "activation_checkpointing": checkpointed})
+        estimate = estimate_rows(model, config.model_copy(update={"training": training}), rows, weights)
         return Fit(batch, weights, checkpointed, estimate, free)
 
     for savings in itertools.product(formats, checkpointing):
@@ -249,21 +248,21 @@ def fit(
 
 
 def estimate_rows(
-    model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat, *, with_texts: bool = False
+    model: Any, config: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat, *, with_texts: bool = False
 ) -> Estimate:
     """The memory estimate of `train --dry-run`, for batches of the measured rows.
 
     Args:
         model: A `PeftModel` on the meta device.
-        run: The config.
+        config: The config.
         rows: The rows.
         weights: How the base is quantized.
         with_texts: Whether to include the texts of retention.
     """
-    batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
+    batch, length, packing = config.training.per_device_train_batch_size, config.data.max_length, config.data.packing
     each, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
     layout = BatchLayout(_CutRows(rows.tokenized, length), tokens, packing, batch, length, 0, each - 1 and each)
-    if device.type == "cpu" and would_share(run, rows.saved):
+    if device.type == "cpu" and would_share(config, rows.saved):
         layout = layout.sharing(rows.saved)
         largest, _ = tree_sizes(layout.rows(layout.heaviest()))
     elif packing == "full":
@@ -271,12 +270,12 @@ def estimate_rows(
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
-    items = auto.items_of_step(run.training, len(layout.items), layout.size, 1)
+    items = min(len(layout.items), layout.size * config.training.gradient_accumulation_steps)
     of_step = step_tokens(tokens, layout, items, layout.saved or 0.0)
-    largest = [*largest, *(typical_texts(run, of_step) if with_texts else ())]
+    largest = [*largest, *(typical_texts(config, of_step) if with_texts else ())]
     return memory.estimate(
-        model, largest, len(largest), run.training, packed=layout.flat, planned=memory.Planned(weights, device),
-        batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),
+        model, largest, len(largest), config.training, packed=layout.flat, planned=memory.Planned(weights, device),
+        batch_tokens=layout.total_tokens(config.training.max_steps).tolist(),
     )  # fmt: skip
 
 
@@ -295,34 +294,35 @@ class _CutRows:
         return {name: row[name][-self.length :] for name in ("input_ids", "labels")}
 
 
-def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any) -> tuple[int, auto.Facts]:
+def _facts(config: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any) -> tuple[int, auto.Facts]:
     """The number of training rows, or blocks, without held-out ones, and the facts that `auto` values depend on."""
     trained = max(1, len(rows.train) - held_out)
-    share, (lengths, supervised) = trained / len(rows.train), rows.cut(run.data.max_length)
+    share, (lengths, supervised) = trained / len(rows.train), rows.cut(config.data.max_length)
     trained = round(trained * rows.items_per_row)
-    start = run.lora.start_from
-    packs = -(-round(share * int(lengths.sum())) // run.data.max_length) if run.data.packing == "full" else trained
+    start = config.lora.start_from
+    is_packed = config.data.packing == "full"
+    of_pack = config.training.per_device_train_batch_size * config.data.max_length
+    items = -(-round(share * int(lengths.sum())) // of_pack) if is_packed else trained
     return trained, auto.Facts(
         hidden_size=load.hidden_size(model_config),
         layers=load.layers(model_config),
-        rows=packs,
+        items=items,
         supervised=round(share * int(supervised.sum())),
-        processes=1,
-        unit_parameters=partial(unit_parameters, run.model, model_config),
+        unit_parameters=partial(unit_parameters, config.model, model_config),
         start=initialize.start_settings(adapter_files.inspect(Path(start).expanduser())) if start else {},
-        rows_in_pack=trained / packs,
+        rows_in_pack=trained / items if is_packed else None,
     )
 
 
-def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
+def _duration(config: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
     """The optimizer steps of the run, and their estimated seconds, with evaluations."""
-    lengths, supervised = rows.cut(run.data.max_length)
+    lengths, supervised = rows.cut(config.data.max_length)
     held_out = rows.held_out * rows.items_per_row or len(rows.train) * rows.items_per_row - trained
-    costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.rows_per_example)
+    costs = Costs.of_run(model, config, lengths, supervised, rows.saved, rows.rows_per_example)
     tokens = round(float(lengths.mean()) * held_out)
-    steps, operations = costs.work(run.training, tokens, share=trained / len(lengths))
-    seconds = operations * seconds_per_operation(model, run.model, costs, operations)
-    budget = 60 * (run.training.max_minutes or 0.0)
+    steps, operations = costs.work(config.training, tokens, share=trained / len(lengths))
+    seconds = operations * seconds_per_operation(model, config.model, costs, operations)
+    budget = 60 * (config.training.max_minutes or 0.0)
     if not budget or budget >= seconds:
         return steps, seconds
     return max(1, int(steps * budget / seconds)), budget

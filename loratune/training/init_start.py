@@ -10,6 +10,7 @@ from pathlib import Path
 from loratune import config
 from loratune.codes import Code
 from loratune.config import Draft, RunConfig
+from loratune.config.yaml_files import OVERRIDES
 from loratune.data.sources import open_source, text_files
 from loratune.data.sources.files import data_ending, is_document
 from loratune.errors import ConfigError, Problem
@@ -47,11 +48,11 @@ def start(rows: str, model: str, assignments: Sequence[str], output: Output | No
             output_dir cannot be written.
         DataError, ModelError: The rows or the model do not exist.
     """
-    given = {"data.train": "DATA", "model.name_or_path": "--model"}
+    given = {"data.train": "`rows=...`", "model.name_or_path": "`model=...`"}
     for key in (assignment.partition("=")[0].strip() for assignment in assignments):
         if key in given:
             what = f"is also given by {given[key]}"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, "--set", key, "name it once"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, OVERRIDES, key, "name it once"))
     if output is not None and data_ending(output.path):
         output.reading(Path(rows).expanduser())  # it would be read as rows itself
     found, others = _find_splits(rows)

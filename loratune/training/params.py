@@ -104,32 +104,32 @@ class Params:
         }
 
 
-def params(run: RunConfig) -> Params:
+def params(config: RunConfig) -> Params:
     """Count on the meta device, which needs no weights and little memory for any model size.
 
     Raises ModelError: the model's configuration cannot be read, its quantization cannot be trained, or the targets
     match no module; ConfigError: the rank is `auto`, which depends on the rows; and ConfigError, AdapterError: the
     adapter of `lora.start_from` does not fit.
     """
-    if run.lora.r == AUTO and run.lora.start_from is None:
+    if config.lora.r == AUTO and config.lora.start_from is None:
         what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"
         raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="lora.r", fix=fix))
-    run, start_from = _without_rows(run)
-    model_config = load.load_config(run.model)
-    model, targets = creation.adapt(base := load.build_meta(model_config, run.model), run.lora, seed=0)
+    config, start_from = _without_rows(config)
+    model_config = load.load_config(config.model)
+    model, targets = creation.adapt(base := load.build_meta(model_config, config.model), config.lora, seed=0)
     remarks = served.remarks(served.servers(model_config, type(base).__name__, parameters.layers_of(model)))
-    adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
-    batch, length = run.training.per_device_train_batch_size, run.data.max_length
+    adapter_init = creation.initialize_adapter(model, config.lora, start_from=start_from)
+    batch, length = config.training.per_device_train_batch_size, config.data.max_length
     rows = [
         *[(length, length - 1)] * batch,
-        *typical_texts(run, batch * length * run.training.gradient_accumulation_steps),
+        *typical_texts(config, batch * length * config.training.gradient_accumulation_steps),
     ]
-    planned = memory.Planned(quantization.held_as(run.model, model_config), load.device())
+    planned = memory.Planned(quantization.held_as(config.model, model_config), load.device())
     layers: dict[int, int] = {}
     for path, layer in parameters.layers_of(model).items():
         if (number := number_of(path)) is not None:
             layers[number] = layers.get(number, 0) + parameters.count_of(layer)
-    of_rows, unread = _of_rows(model, run, planned)
+    of_rows, unread = _of_rows(model, config, planned)
     return Params(
         count=creation.count(model, adapter_init),
         groups=_groups(model, targets),
@@ -137,28 +137,29 @@ def params(run: RunConfig) -> Params:
         others=_others(model, targets),
         targets=targets,
         notes=[
-            *tensor_files.notes(run.model, model_config),
+            *tensor_files.notes(config.model, model_config),
             *targets.notes,
             *targets.shared_lines(),
             *remarks,
             *unread,
-            *_refused(run),
+            *_refused(config),
         ],
         memory=memory.estimate(
-            model, rows, len(rows), run.training, packed=run.data.packing != "none", planned=planned
+            model, rows, len(rows), config.training, packed=config.data.packing != "none", planned=planned
         ),
         batch=batch,
         length=length,
-        device=accelerator.describe(load.compute_dtype(run.model), spread=run.model.device_map is not None),
+        device=accelerator.describe(load.compute_dtype(config.model), spread=config.model.device_map is not None),
         rows_memory=of_rows,
     )
 
 
-def _without_rows(run: RunConfig) -> tuple[RunConfig, AdapterFiles | None]:
+def _without_rows(config: RunConfig) -> tuple[RunConfig, AdapterFiles | None]:
     """A config with the choices of `auto` that do not depend on rows, and the adapter that it starts from."""
-    start_from = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
-    lora = auto.without_rows(run.lora, initialize.start_settings(start_from) if start_from else {})
-    return run.model_copy(update={"lora": lora}), start_from
+    start_from = adapter_files.inspect(Path(config.lora.start_from).expanduser()) if config.lora.start_from else None
+    start = initialize.start_settings(start_from) if start_from else {}
+    lora, _ = auto.decide_lora(config.lora, auto.Facts(start=start))
+    return config.model_copy(update={"lora": lora}), start_from
 
 
 def servers(run: RunConfig) -> dict[str, str]:
@@ -185,30 +186,30 @@ def servers(run: RunConfig) -> dict[str, str]:
     return texts
 
 
-def _refused(run: RunConfig) -> list[str]:
+def _refused(config: RunConfig) -> list[str]:
     """A line on each setting with which training would not start on this machine."""
     try:
-        load.check_kernels(run.model, gpu=load.device().type != "cpu")
+        load.check_kernels(config.model, gpu=load.device().type != "cpu")
     except ConfigError as error:
         return [f"train would stop here: {problem}" for problem in error.problems]
     return []
 
 
-def _of_rows(model: PeftModel, run: RunConfig, planned: memory.Planned) -> tuple[memory.Estimate | None, list[str]]:
+def _of_rows(model: PeftModel, config: RunConfig, planned: memory.Planned) -> tuple[memory.Estimate | None, list[str]]:
     """The memory for the largest batch of the training rows, None if they are not in local files; and why they cannot
     be read."""
-    sources = [run.data.train] if isinstance(run.data.train, Source) else run.data.train
+    sources = [config.data.train] if isinstance(config.data.train, Source) else config.data.train
     if not all(Path(source.path).expanduser().exists() for source in sources):
         return None, []
     vocabulary = model.config.get_text_config().vocab_size
     try:
-        tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
-        renderer = Renderer(tokenizer, vocabulary, run.data.chat_template_kwargs)
-        rows, _ = measure(run.data, renderer, vocabulary)
-        rows, _ = fit_length(rows, run.data, renderer, vocabulary)
+        tokenizer = load.load_tokenizer(config.model, config.data.chat_template)
+        renderer = Renderer(tokenizer, vocabulary, config.data.chat_template_kwargs)
+        rows, _ = measure(config.data, renderer, vocabulary)
+        rows, _ = fit_length(rows, config.data, renderer, vocabulary)
     except LoratuneError as error:
         return None, [f"the memory for the rows of data.train is not known: {error.problems[0]}"]
-    return estimate_rows(model, run, rows, planned.weight_format or "none", with_texts=True), []
+    return estimate_rows(model, config, rows, planned.weight_format or "none", with_texts=True), []
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:

@@ -1,7 +1,7 @@
 """The plan of a run: everything before its first step. `train --dry-run` shows it, and `train` executes it."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -31,10 +31,10 @@ from loratune.training.batching import BatchedDatasets
 from loratune.training.checkpoints.resume import ResumePoint
 from loratune.training.checkpoints.store import BestRecord, CheckpointRecord, Checkpoints
 from loratune.training.comparisons import Comparisons
-from loratune.training.duration import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import Run
 from loratune.training.retention import Retention
 from loratune.training.rows import TokenizedDatasets, tokenize
+from loratune.training.schedule import Evaluations, Schedule
 
 _SIDES = {CHOSEN: ", chosen", REJECTED: ", rejected", DESIRABLE: ", desirable", UNDESIRABLE: ", undesirable"}
 _CHECKPOINT_OVERHEAD = 40_000
@@ -47,7 +47,9 @@ class Plan:
 
     Attributes:
         run: The checked run: its directory, resume point and raw rows.
-        config: The configuration, with absolute paths and without `auto`.
+        config: The configuration, with absolute paths, and with the values that the run has decided for `auto`. Where
+            the rows or the machine decide anew each time, it stays: `model.dtype`, `data.format`, `data.truncation`,
+            `data.share_prefixes`, `data.sample_by`.
         group: The processes of the run.
         datasets: The rows as tokens.
         base: The base, whose files must not change.
@@ -58,6 +60,7 @@ class Plan:
         batches: The rows in batches, and which layers the kernels compute.
         memory: The estimate of the memory that training needs.
         checkpoints: The checkpoints of the run, with its record.
+        choices: What the run has decided for `auto` and a time budget, each with its reason.
         notes: Lines that the user should see.
         lower_rate: A learning rate to suggest if the rate of the run is too high.
     """
@@ -74,19 +77,35 @@ class Plan:
     batches: BatchedDatasets
     memory: memory.Estimate
     checkpoints: Checkpoints
+    choices: auto.Choices
     notes: list[str]
     lower_rate: float
 
     def decides(self, key: str) -> bool:
         """Whether the run has decided the value of a key that the user gives as `auto`."""
         section, _, name = key.partition(".")
-        kept = self.resume_point.kept if self.resume_point is not None else {}
-        return key in kept or self.run.config.model_dump()[section][name] == AUTO
+        decided = self.resume_point.decided if self.resume_point is not None else {}
+        return key in decided or self.run.config.model_dump()[section][name] == AUTO
 
-    def with_config(self, config: RunConfig, **recorded: Any) -> "Plan":
-        """The plan with another config, which its record has as well. recorded: further fields of the record."""
-        record = self.checkpoints.record.model_copy(update={"config": config.resolved(), **recorded})
-        return replace(self, config=config, checkpoints=replace(self.checkpoints, record=record))
+    def with_values(
+        self, values: Mapping[str, Any], choices: auto.Choices | None = None, notes: Sequence[str] = ()
+    ) -> "Plan":
+        """The plan with values that its model has decided, by full key. The record of its checkpoints has them too.
+        choices, notes: further ones."""
+        sections = dict(self.config)
+        for key, value in values.items():
+            section, name = key.split(".")
+            sections[section] = sections[section].model_copy(update={name: value})
+        config = self.config.model_copy(update=sections)
+        record, minutes = self.checkpoints.record, self.config.training.max_minutes
+        update = {
+            "config": config.resolved(),
+            "decided": auto.decided_values(config),
+            "max_minutes": record.max_minutes if minutes is None else minutes,
+        }
+        checkpoints = replace(self.checkpoints, record=record.model_copy(update=update))
+        choices, notes = self.choices | (choices or {}), [*self.notes, *notes]
+        return replace(self, config=config, checkpoints=checkpoints, choices=choices, notes=notes)
 
     @property
     def device(self) -> str:
@@ -96,7 +115,7 @@ class Plan:
     @property
     def retention(self) -> Retention | None:
         """What keeps the model near what it was; None without a weight."""
-        return self.batches.retention
+        return self.batches.retention if self.config.has_retention else None
 
     @property
     def resume_point(self) -> ResumePoint | None:
@@ -117,26 +136,29 @@ class Plan:
         return self.config.training.model_copy(update={**steps, "keep": "best" if self.config.keeps_best else "last"})
 
     @property
-    def evaluations(self) -> EvaluationSteps | None:
-        """When the run is evaluated; None without validation rows."""
-        return self.evaluation_steps(self.config.training)
+    def schedule(self) -> Schedule:
+        """The steps of the run."""
+        batches = self.batches.train
+        return Schedule.of(self.config.training, len(batches.items), batches.size, self.group.count)
 
-    def evaluation_steps(self, training: TrainingSection) -> EvaluationSteps | None:
-        """When a run with this section is evaluated; None without validation rows."""
+    @property
+    def evaluations(self) -> Evaluations | None:
+        """When the run is evaluated; None without validation rows."""
+        return self.evaluations_of(self.schedule)
+
+    def evaluations_of(self, schedule: Schedule) -> Evaluations | None:
+        """When the run would be evaluated with other steps; None without validation rows."""
         if (held_out := self.datasets.validation) is None:
             return None
         trained, tokens = (int(split.rows.lengths.sum()) for split in (self.datasets.train, held_out))
         if self.batches.chooses:
             tokens = tokens * len(self.batches.chooses) // held_out.items
-        count, size = len(self.batches.train.items), self.batches.train.size
-        return evaluation_steps(training, count, size, self.group.count, trained, tokens)
+        return schedule.evaluations(self.config.training.eval_steps, trained, tokens)
 
     @property
     def tokens(self) -> int:
         """Tokens that the run reads, if it takes all its steps."""
-        count, size = len(self.batches.train.items), self.batches.train.size
-        steps, per_epoch = auto.optimizer_steps(self.config.training, count, size, self.group.count)
-        return round(steps / per_epoch * int(self.datasets.train.rows.lengths.sum()))
+        return round(self.schedule.passes * int(self.datasets.train.rows.lengths.sum()))
 
     @cached_property
     def comparisons(self) -> Comparisons:
@@ -147,9 +169,9 @@ class Plan:
         instructions: list[behavior.Ids] = []
         with suppress(DataError, ModelError):  # then it is not measured
             instructions = behavior.prompts(self.datasets.renderer, load.context_length(self.model.config))[1]
-        costs = comparisons.costs(self.datasets.unrelated.rows, instructions)
+        costs = comparisons.costs(self.datasets.unrelated.rows, instructions, reasons=self.datasets.can_reason)
         least = comparisons.affordable(self.count.total, on_accelerator=self.model.device.type != "cpu")
-        return comparisons.decide(
+        return comparisons.choose_comparisons(
             self.datasets.compared, self.batches.chooses, self.tokens, costs, least=least, selects=selects
         )
 
@@ -158,8 +180,8 @@ class Plan:
         """The servers that apply the adapter, and those that do not, see `served.servers`."""
         return served.servers(self.base.config, type(self.base.model).__name__, parameters.layers_of(self.model))
 
-    def event(self) -> PlanEvent:
-        """The plan as users see it before the first step."""
+    def event(self, seconds: tuple[float, float] | None = None) -> PlanEvent:
+        """The plan as users see it before the first step. seconds: see `PlanEvent`."""
         examples = [
             (f"first row{self.side_name(number)}, supervised text marked:", tuple(_shortened(self.row_text(number))))
             for number in range(self.datasets.train.rows_per_example)
@@ -173,6 +195,8 @@ class Plan:
             trainable=self.count.trainable,
             memory=self.memory.total,
             device=self.device,
+            plan=self,
+            seconds=seconds,
         )
 
     def dataset_lines(self) -> Iterator[str]:
@@ -183,13 +207,13 @@ class Plan:
         for name, split in datasets.splits.items():
             lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length, context)]
             yield from (f"  {name}: {line}" for line in lines)
-        yield from (f"  {line}" for line in datasets.leaks)
+        yield from (f"  {line}" for lines in datasets.leaks.values() for line in lines)
 
     def all_notes(self) -> Iterator[str]:
         """Lines on settings that may not be intended, and on choices."""
         training = self.config.training
         batch_size, accumulation = self.batches.train.size, training.gradient_accumulation_steps
-        batch = auto.rows_of_step(training, self.group.count)
+        batch = self.group.count * batch_size * accumulation
         if self.group.count > 1:
             kinds = "packs of rows" if self.config.data.packing == "full" and self.batches.train.flat else "rows"
             yield f"{self.group.count} processes: {self.group.count} x {batch_size} x {accumulation} {kinds} a step"
@@ -200,6 +224,7 @@ class Plan:
             yield f"{evaluations}{kept if evaluations.count > 1 else ''}"
             if training.patience is not None and training.patience + 1 >= evaluations.count:
                 yield f"training.patience: {training.patience} has no effect with so few evaluations"
+        yield from auto.lines(self.choices)
         yield from (*self.notes, *self.comparisons.notes(), *served.remarks(self.servers))
 
     def side_name(self, number: int) -> str:
@@ -284,12 +309,15 @@ def make_plan(
         ResumeError: Something that the run reads has changed since it was interrupted.
     """
     datasets, base = datasets or load_rows(run, group), base or load_base(run, group)
-    (config, liger), known = batching.decide_kernels(run.config), facts(run, datasets, group)
+    settings = run.config.data.model_copy(update={"empty_reasoning": datasets.empty_reasoning})
+    config, known = run.config.model_copy(update={"data": settings}), facts(run, datasets, group)
     lora, choices = auto.decide_lora(config.lora, known)
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
     model, targets = creation.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
+    config, liger = batching.decide_kernels(config, model, group)
     batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group, base.fingerprint)
-    known = replace(known, rows=(items := len(batches.train.items)), rows_in_pack=datasets.train.items / items)
+    is_packed, items = config.data.packing == "full" and batches.train.flat, len(batches.train.items)
+    known = replace(known, items=items, rows_in_pack=datasets.train.items / items if is_packed else None)
     config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
     config, batches, kept = batching.with_retention(config, batches, run, datasets.tokenizer, model.config, group)
     _check_warmup(config.training, batches, group.count)
@@ -306,7 +334,7 @@ def make_plan(
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
     described = preferences.described(config)
     notes = [f"training.objective: {described}", *datasets.notes_on_sides()] if described else []
-    notes += [*auto.lines(choices | more | kept), *liger, *base.notes, *batches.notes, *targets.notes]
+    notes += [*liger, *base.notes, *batches.notes, *targets.notes]
     return Plan(
         run=run,
         config=config,
@@ -320,6 +348,7 @@ def make_plan(
         batches=batches,
         memory=estimate,
         checkpoints=Checkpoints(run.directory.checkpoints, record, size, is_writer=group.main),
+        choices=choices | more | kept,
         notes=[*notes, *datasets.notes],
         lower_rate=auto.lower_rate(config, known),
     )
@@ -352,35 +381,38 @@ def _record(
         processes=launcher.world_size(),
         sharding=launcher.sharding(),
         changes=[],
+        decided=auto.decided_values(config),
         max_minutes=point.record.max_minutes if point else None,
     )
     if point is None:
         return record
     if reason := fingerprints.incomparable(str(point.record.fingerprints["base"]), base.fingerprint):
-        what, fix = f"the checkpoint {reason[0]}", "start afresh with --overwrite"
+        what, fix = f"the checkpoint {reason[0]}", "start afresh with `overwrite=True`"
         raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="model.name_or_path", fix=fix))
     point.check_same(record, base.fingerprint)
     changes = [*point.record.changes, *point.changes, *point.record.changed_conditions(computed_with, point.step)]
     return record.model_copy(update={"changes": changes})
 
 
-def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:
+def template_fingerprint(config: RunConfig, tokenizer: Any) -> str:
     """The fingerprint of the chat template in the config; empty if the tokenizer's own is used."""
-    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if run.data.chat_template else ""
+    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if config.data.chat_template else ""
 
 
 def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) -> auto.Facts:
     """The facts that `auto` is decided by, as far as known before batching; the number of full packs is estimated."""
     config, rows, items = run.config, datasets.train.rows, datasets.train.items
     model_config = load.load_config(config.model)
-    packs = -(-int(rows.lengths.sum()) // config.data.max_length) if config.data.packing == "full" else items
+    is_packed = config.data.packing == "full"
+    of_pack = config.training.per_device_train_batch_size * config.data.max_length
+    packs = -(-int(rows.lengths.sum()) // of_pack) if is_packed else items
     return auto.Facts(
         hidden_size=load.hidden_size(model_config),
         layers=load.layers(model_config),
-        rows=packs,
+        items=packs,
         supervised=int(rows.supervised.sum()),
         processes=group.count,
-        rows_in_pack=items / packs,
+        rows_in_pack=items / packs if is_packed else None,
         unit_parameters=partial(unit_parameters, config.model, model_config),
         start=start_settings(run.start.info.files) if run.start else {},
     )
@@ -393,7 +425,7 @@ def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection)
 
 def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes: int) -> None:
     """Raises ConfigError: the warmup is longer than the run. A time budget has its own check."""
-    steps = auto.optimizer_steps(training, len(batches.train.items), batches.train.size, processes)[0]
+    steps = Schedule.of(training, len(batches.train.items), batches.train.size, processes).steps
     if training.max_minutes is None and decided(training.warmup_steps) > steps:
         what = f"the run has {plural(steps, 'step')}, fewer than its warmup, so the rate would never reach its peak"
         fix = "lower it, set a fraction of the steps, or set more epochs or steps"

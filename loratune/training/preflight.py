@@ -96,7 +96,7 @@ def broadcast_run(run: Run | None, group: Group) -> Run:
 
 
 def check(
-    run: RunConfig,
+    config: RunConfig,
     directory: RunDirectory,
     resume: Sequence[str] | None = None,
     given: Mapping[str, GivenRows] | None = None,
@@ -104,7 +104,7 @@ def check(
     """Look for the model, and read and check the rows, of a run whose output directory is free. Nothing is written.
 
     Args:
-        run: The config.
+        config: The config.
         directory: Where the run will work.
         resume: Keys that may have other values than before the interruption; None to start a new run.
         given: The rows of a program for some splits, instead of those that the config names.
@@ -119,36 +119,36 @@ def check(
             prompts of retention.
         ResumeError: See `resume.find_resume_point`; the adapter to start from has changed since the interruption.
     """
-    base, template = run.model, run.data.chat_template
+    base, template = config.model, config.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
         what, fix = "there is no such file", "name a Jinja file"
         raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, template, "data.chat_template", fix))
-    _check_sharding(run)
-    _check_trackers(run.training.report_to)
+    _check_sharding(config)
+    _check_trackers(config.training.report_to)
     check_bitsandbytes(base.quantization)
     is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code)
-    absolute = with_absolute_paths(run)
+    absolute = with_absolute_paths(config)
     if given:
         places = {name: Source(path=GIVEN) for name in given}
         absolute = absolute.model_copy(update={"data": absolute.data.model_copy(update=places)})
     point = None
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute, resume)
-        absolute = auto.keep(absolute, point.record.config)
+        absolute, _ = auto.with_decided(absolute, point.record.decided)
     if absolute.retention.prompts is not None and absolute.has_retention:
         read_questions(absolute.retention.prompts, absolute.data)
     start = _open_start(absolute, point, reads_rows=True)
-    rows = data.read_datasets(absolute.data, run.training.seed, given=given)
+    rows = data.read_datasets(absolute.data, config.training.seed, given=given)
     for split in rows.splits.values():
-        split.check_kind(KINDS[run.training.objective], run.training.objective)
+        split.check_kind(KINDS[config.training.objective], config.training.objective)
     return Run(absolute, directory, rows, point, start)
 
 
-def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows: bool) -> StartAdapter | None:
+def _open_start(config: RunConfig, point: ResumePoint | None = None, *, reads_rows: bool) -> StartAdapter | None:
     """Open the adapter of `lora.start_from`, and perhaps read the rows of its run. Raises as `check`."""
-    if run.lora.start_from is None:
+    if config.lora.start_from is None:
         return None
-    directory = Path(run.lora.start_from)
+    directory = Path(config.lora.start_from)
     try:
         files = adapter_files.inspect(directory)
         digest = files.digest
@@ -164,7 +164,7 @@ def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows:
         ) from None
     if not reads_rows:
         return StartAdapter(info, digest)
-    rows, unknown = _earlier_rows(info, is_replayed=run.data.replay is not None)
+    rows, unknown = _earlier_rows(info, is_replayed=config.data.replay is not None)
     return StartAdapter(info, digest, rows, unknown, hashes if isinstance(hashes, RowHashes) else None)
 
 
@@ -193,18 +193,18 @@ def _earlier_rows(info: AdapterDirectory, *, is_replayed: bool) -> tuple[RawData
     return None, unknown
 
 
-def _check_sharding(run: RunConfig) -> None:
+def _check_sharding(config: RunConfig) -> None:
     """Raises ConfigError: a setting fails in upstream's code where weights are sharded."""
     if not (sharding := launcher.sharding()):
         return
     excluded = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}[sharding]
     refused = {
-        "model.quantization": run.model.quantization in excluded,
+        "model.quantization": config.model.quantization in excluded,
         # PEFT does not gather A and B of these
-        "lora.target_parameters": sharding == "deepspeed" and bool(run.lora.target_parameters),
-        "lora.use_lorafa": run.lora.use_lorafa,
-        "training.optim": run.training.optim not in ("adamw_torch", "adamw_torch_fused"),
-        "training.max_minutes": run.training.max_minutes is not None,
+        "lora.target_parameters": sharding == "deepspeed" and bool(config.lora.target_parameters),
+        "lora.use_lorafa": config.lora.use_lorafa,
+        "training.optim": config.training.optim not in ("adamw_torch", "adamw_torch_fused"),
+        "training.max_minutes": config.training.max_minutes is not None,
     }
     what, fix = f"does not work with weights that {sharding} shards", "change it, or start without sharding"
     if keys := [key for key, is_refused in refused.items() if is_refused]:
@@ -212,7 +212,7 @@ def _check_sharding(run: RunConfig) -> None:
 
 
 _TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX")}
-"""Modules of which a tracker needs one, where they are not called as it is."""
+"""Tracker → the modules that it can use, where they do not have its name."""
 
 
 def _check_trackers(names: Iterable[str]) -> None:

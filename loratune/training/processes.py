@@ -35,7 +35,7 @@ store."""
 _FIRST_SIGNAL_CODE = 128
 """Exit codes above it stand for a signal, which the launcher sends to all processes."""
 _FAILED, _ENDED = "loratune/failed", "loratune/ended"
-_RESUME = "start all processes again, with --resume if a checkpoint was written"
+_RESUME = "start all processes again, with `resume=True` if a checkpoint was written"
 
 
 def join() -> "DistributedGroup":

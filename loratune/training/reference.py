@@ -67,15 +67,13 @@ def write_texts(plan: Plan) -> Plan:
             note(f"retention has no effect: {error.problems[0].what}")
             failed = True
     if group.broadcast(failed):
-        section = plan.config.retention.model_copy(update={"kl_weight": 0.0})
-        plan = plan.with_config(plan.config.model_copy(update={"retention": section}))
-        return replace(plan, batches=replace(plan.batches, retention=None))
+        return plan.with_values({"retention.kl_weight": 0.0})
     if not launcher.sharding():
         retention.set_numbers(group.broadcast(retention.as_numbers() if group.main else []))
     return plan
 
 
-def compute(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
+def set_preference_references(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
     """Set the reference log-probabilities of preference rows: those of the current model, before its first step. They
     are read from the cache if possible.
 
@@ -113,9 +111,9 @@ def _log_probabilities(plan: Plan, objective: PreferenceObjective, name: str, st
     return objective.last.log_probabilities
 
 
-def compute_base(plan: Plan) -> None:
+def precompute_base_results(plan: Plan) -> None:
     """Compute what the end of a run needs of its base, and keep it in the cache: the losses on unrelated text, and the
-    answers to instructions, of which a run with a time budget cannot foresee how long they take."""
+    answers to instructions. A run with a time budget cannot foresee how long these take."""
     base, text = base_results(plan, tensors.full_weights(plan.model)), plan.datasets.unrelated.rows
     left_out = plan.comparisons.left_out
     if text is not None and "unrelated" not in left_out:

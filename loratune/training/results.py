@@ -1,36 +1,48 @@
 """The results of training: the adapter's weights, the loss curve, and the comparison of the adapter with its base.
 
-After the last step, the gain over the base, the change of the loss on other rows, and the loss on test rows are
-measured.
+After the last step, the losses of adapter and base are compared on held-out rows, which gives the verdict; then on
+unrelated text and on rows of the earlier run. The adapter alone is scored on test rows.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
+from loratune import outputs
 from loratune.adapter import card
 from loratune.codes import Code
-from loratune.compare import behavior, collapse, exact, gain, verdict
-from loratune.compare.base_results import BaseResults
+from loratune.compare import behavior, collapse, exact, reasoning, verdict
 from loratune.compare.behavior import Behavior
 from loratune.compare.engine import SFT
-from loratune.compare.gain import FinalScore, Forgetting, Gain
+from loratune.compare.labels import Labels
+from loratune.compare.losses import (
+    LossComparison,
+    Model,
+    compare_losses,
+    compare_on_unrelated_text,
+    item,
+    per,
+    sample_rows,
+    score_test_rows,
+)
 from loratune.compare.objectives import PreferenceMetrics
 from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective
-from loratune.compare.verdict import Answers, Name
+from loratune.compare.reasoning import Reasoning
+from loratune.compare.temperature import temperature
+from loratune.compare.verdict import Answers, Name, Outcome
 from loratune.config import RunConfig
 from loratune.data import first_examples, unrelated_kinds
 from loratune.data.sources.rows import place_in_cache
-from loratune.errors import DataError, ModelError, Problem, ResourceError
+from loratune.errors import ModelError, Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
-from loratune.statistics import Interval
+from loratune.statistics import Interval, finite
 from loratune.system import launcher
 from loratune.text import listed, plural
 from loratune.training.callbacks import diverged_error
@@ -41,8 +53,8 @@ from loratune.training.reference import base_results
 
 _NO_ROOM = "the run is short for so large a model"
 _FEW_STEPS, _MOST_PASSES, _USUAL_PASSES = 100, 8, 4
-"""An adapter that is not clearly better is advised to read its rows more often up to so many steps and passes; before
-anything else, if it has read them less often than `auto` reads few rows."""
+"""An adapter that is not clearly better is advised to read its rows more often, up to these numbers of steps and
+passes; before anything else, if it has read them less often than `auto` reads few rows."""
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """The most reports of each kind that are kept, spread evenly over the run: a report takes about 230 or 110 bytes of
 loratune.json, which then stays below 200 kB."""
@@ -81,16 +93,20 @@ class TrainedAdapter:
         curve: The trainer's logs with a loss or a held-out loss, see `thinned`.
         weights: The adapter's whole tensors; empty until they are compared with the base.
         verdict: The verdict on it; this and the following fields are None until they are measured.
-        gain: The gain over the base.
+        labels: The labels of the training rows, if their answers are labels.
+        label_temperature: That of their probabilities, see `compare.temperature`; None for 1.
+        gain: The comparison of losses by which it is judged, with its base in most cases.
         answers: How many held-out answers are right; None where answers are long, or no rows are held out.
         advice: What to try next, if it is not clearly better.
         looks: How many steps the rows of the verdict have chosen from; 1 if they chose nothing.
         judged_apart: Whether the rows of the verdict are other validation rows than those that chose the step.
         leaked: Whether some validation rows are also training rows.
         samples: Held-out prompts with the answers of base and adapter.
-        forgetting: The change on rows of the earlier run; None if training did not start from an adapter.
-        unrelated: The change on unrelated text.
+        earlier: The comparison with the adapter from which training started, on rows of its run; or why there is none.
+            None if training did not start from an adapter.
+        unrelated: The comparison with the base on unrelated text, or why there is none.
         behavior: The change of the base's answers to everyday instructions.
+        reasoning: Whether it still reasons; None if its base does not, or the rows are none that could change it.
         test: The loss on the test rows; None without test rows.
         preferences: The preference metrics; None for objectives without preferences.
         computed_by: How the metrics were computed, see `Engine.computed_by`.
@@ -109,17 +125,20 @@ class TrainedAdapter:
     curve: list[dict[str, float]]
     weights: Weights = field(default_factory=dict)
     verdict: Name | None = None
-    gain: Gain | None = None
+    labels: Labels | None = None
+    label_temperature: float | None = None
+    gain: LossComparison | None = None
     answers: Answers | None = None
     advice: tuple[str, ...] = ()
     looks: int = 1
     judged_apart: bool = False
     leaked: bool = False
     samples: Sequence["SampleAnswer"] = ()
-    forgetting: Forgetting | None = None
-    unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
+    earlier: LossComparison | str | None = None
+    unrelated: LossComparison | str = ""
     behavior: Behavior | None = None
-    test: FinalScore | None = None
+    reasoning: Reasoning | None = None
+    test: LossComparison | None = None
     preferences: PreferenceMetrics | None = None
     computed_by: dict[str, str] = field(default_factory=dict)
     not_accelerated: Mapping[str, str] = field(default_factory=dict)
@@ -150,7 +169,7 @@ class TrainedAdapter:
         """The results on rows that the adapter was not trained on, as labels and texts."""
         return [
             *self._evaluation_lines(),
-            *([("test", str(self.test))] if self.test else []),
+            *([("test", self.test.loss_line)] if self.test else []),
             *(self.preferences.lines() if self.preferences else ()),
         ]
 
@@ -159,7 +178,7 @@ class TrainedAdapter:
         best, loss, comparison = self.evaluations, self.held_out_loss, self.gain
         if best is None or loss is None or comparison is None:
             return []
-        text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
+        text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {per(comparison.unit)}"
         if interval := self._held_out_interval():
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
         if self.judged_apart:
@@ -185,11 +204,16 @@ class TrainedAdapter:
         """The verdict as a sentence, with what it cost the rows of the earlier run, if that is significant."""
         assert self.verdict is not None and self.gain is not None
         text = verdict.headline(self.verdict, self.gain, self.answers)
-        earlier = self.forgetting.comparison if self.forgetting is not None else None
-        if earlier is not None and earlier.high is not None and earlier.high < 0:
-            how = verdict.change(-earlier.better_by, significant=True)
-            text += f"; {how} on the rows of the adapter that it started from ({-earlier.better_by:+.2f})"
+        if isinstance(earlier := self.earlier, LossComparison) and earlier.is_higher:
+            how, worse = verdict.change(earlier), earlier.difference.value
+            text += f"; {how} on the rows of the adapter that it started from ({worse:+.2f})"
         return text
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the verdict means to the user."""
+        is_unseen = self.gain is not None and self.gain.split != "training"
+        return verdict.outcome(self.verdict, self.answers, unseen=is_unseen)
 
     @property
     def doubt(self) -> str:
@@ -202,21 +226,22 @@ class TrainedAdapter:
         found, loss = self.gain, self.held_out_loss
         if found is None or loss is None:
             return None
-        if self.judged_apart:
-            ends = found.adapter_low, found.adapter_high
-            return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
-        return found.held_out_interval(loss)
+        return found.interval if self.judged_apart else found.held_out_interval(loss)
 
     @property
-    def side_effects(self) -> list[tuple[str, str]]:
-        """How much general ability was lost, as labels and texts."""
-        named = {"unrelated text": self.unrelated, "base's answers": self.behavior, "earlier rows": self.forgetting}
-        return [(label, str(found)) for label, found in named.items() if found]
+    def side_effects(self) -> dict[str, str]:
+        """How much general ability was lost, and how much of what an earlier run had taught, as labels and texts."""
+        lines = {"unrelated text": _change_line(self.unrelated)}
+        if self.behavior is not None:
+            lines["base's answers"] = str(self.behavior)
+        if self.reasoning is not None:
+            lines["reasons"] = str(self.reasoning)
+        return lines | ({} if self.earlier is None else {"earlier rows": _change_line(self.earlier)})
 
     @property
     def metrics(self) -> dict[str, Any]:
         """All metrics as JSON values, for the record. held_out_interval: null if unknown."""
-        best, losses, loss = self.evaluations, self.losses(), self.held_out_loss
+        best, steps, loss = self.evaluations, self.losses(), self.held_out_loss
         interval = self._held_out_interval()
         metrics: dict[str, Any] = {
             "verdict": self.verdict,
@@ -225,8 +250,8 @@ class TrainedAdapter:
             "steps": self.steps,
             "kept_step": self.kept_step,
             "stopped_early": self.steps < self.planned_steps,
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": steps[0],
+            "last_loss": steps[-1],
             "held_out_loss": loss,
             "best_held_out_loss": best.loss if best else None,
             "last_held_out_loss": next(reversed(self.losses("eval_loss")), None),
@@ -236,13 +261,46 @@ class TrainedAdapter:
             "tokens_per_second": self.tokens_per_second,
             "held_out_interval": interval.to_dict() if interval else None,
         }
-        named = {
-            "gain": self.gain, "answers": self.answers, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
-            "behavior": self.behavior, "preferences": self.preferences, "test": self.test,
-        }  # fmt: skip
-        metrics |= {name: found.to_dict() for name, found in named.items() if found is not None}
+        named: dict[str, Any] = {
+            "gain": self.gain and self.gain.to_dict(),
+            "answers": self.answers and self.answers.to_dict(),
+            "forgetting": None if self.earlier is None else _change_values(self.earlier),
+            "unrelated_text": _change_values(self.unrelated),
+            "behavior": self.behavior and self.behavior.to_dict(),
+            "reasons": self.reasoning and self.reasoning.to_dict(),
+            "preferences": self.preferences and self.preferences.to_dict(),
+            "test": self.test and _test_values(self.test),
+        }
+        metrics |= {name: values for name, values in named.items() if values is not None}
         computed = ["held_out_loss", *named, *(["kept_step"] if best else [])]
         return metrics | {"computed_by": {one: self.computed_by for one in computed if metrics.get(one) is not None}}
+
+
+def _change_line(found: LossComparison | str) -> str:
+    """The line on a change of the loss. found: the comparison, or why there is none."""
+    return f"not measured: {found}" if isinstance(found, str) else found.change_line
+
+
+def _change_values(found: LossComparison | str) -> dict[str, Any]:
+    """A change of the loss for the record, see `outputs.Forgetting`. found: the comparison, or why there is none."""
+    if isinstance(found, str):
+        return {"not_measured": found}
+    low, high = found.difference.interval.to_dict() if found.difference.interval else (None, None)
+    return {
+        **{name: getattr(found, name) for name in ("split", "rows", "drawn", "total")},
+        **finite({"before": found.base, "after": found.adapter, "change": found.difference.value}),
+        "low": low,
+        "high": high,
+        **({"kinds": finite({kind: own.value for kind, own in found.kinds.items()})} if found.kinds else {}),
+    }
+
+
+def _test_values(found: LossComparison) -> outputs.Test:
+    """The loss on the test rows for the record."""
+    return {
+        "loss": found.adapter, "tokens": found.tokens, "rows": found.drawn, "distinct": found.rows,
+        "interval": finite(found.loss_interval),
+    }  # fmt: skip
 
 
 def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -250,11 +308,11 @@ def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
 
     The first and the last of each kind are always kept, and so is the lowest held-out loss.
     """
-    losses, held_out = (
+    steps, held_out = (
         [number for number, entry in enumerate(history) if key in entry] for key in ("loss", "eval_loss")
     )
     lowest = sorted(held_out, key=lambda number: history[number]["eval_loss"])[:1]
-    kept = {*_spread(losses, MOST_LOSSES), *_spread(held_out, MOST_HELD_OUT - 1), *lowest}
+    kept = {*_spread(steps, MOST_LOSSES), *_spread(held_out, MOST_HELD_OUT - 1), *lowest}
     return [history[number] for number in sorted(kept)]
 
 
@@ -274,20 +332,19 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.comparisons
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
     other = base()
-    name: gain.Model = "base"
+    name: Model = "base"
     if plan.run.start is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
         other, name = tensors.as_started(plan.model, plan.adapter_init, weights), "start"
-    comparison = gain.measure(plan.batches.engine, objective, other, compared.rows, name)
+    comparison = compare_losses(plan.batches.engine, objective, other, compared.judging, name)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
     else:
-        rows = [row for number in compared.rows.copies for row in compared.rows.dataset.item(number)]
-        sensitivity = collapse.measure(plan.model, base(), rows)
+        rows = [row for number in compared.judging.copies for row in compared.judging.dataset.item(number)]
+        sensitivity = collapse.prompt_sensitivity(plan.model, base(), rows)
         vocabulary = plan.model.config.get_text_config().vocab_size
-        loss = comparison.adapter if comparison.unit == "token" else math.nan
-        why = collapse.reason(sensitivity, comparison.sampled_rows(), loss, comparison.base, vocabulary)
+        why = collapse.reason(sensitivity, comparison, comparison.sampled_rows(), vocabulary)
         if why := plan.group.all_gather(why)[0]:
             what, fix = f"the adapter {why}", f"lower it, to {plan.lower_rate:g} for example"
             problem = Problem(Code.TRAINING_COLLAPSED, what, key="training.learning_rate", fix=fix)
@@ -297,11 +354,14 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     if compared.chose:
         looks = max(1, trained.evaluations.evaluations if trained.evaluations else 1)
     answers = _compare_answers(plan, base, looks) if compared.answers else None
-    decided = verdict.decide(comparison, answers, looks=looks)
+    decided = verdict.decide_verdict(comparison, answers, looks=looks)
     if not plan.adapter_init.has_changed(weights):
         decided = "learned nothing"
+    labels = _labels(plan)
     return replace(
         trained,
+        labels=labels,
+        label_temperature=_label_temperature(plan, labels),
         weights=weights,
         verdict=decided,
         gain=comparison,
@@ -309,8 +369,39 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         advice=tuple(_advice(plan, trained, decided, answers)),
         looks=looks,
         judged_apart=compared.judged_apart,
-        leaked=any("validation rows" in line for line in plan.datasets.leaks),
+        leaked="validation" in plan.datasets.leaks,
     )
+
+
+def _labels(plan: Plan) -> Labels | None:
+    """The labels of the training rows, if their answers are labels."""
+    train = plan.datasets.train
+    if train.rows_per_example > 1 or train.is_unpaired or float(np.median(train.rows.supervised)) > verdict.SHORT:
+        return None
+    text = cache(partial(_text, plan))
+    answers = (train.item(number)[0].completion for number in range(train.items))
+    return Labels.of((text(ids), ids) for ids in answers)
+
+
+def _label_temperature(plan: Plan, labels: Labels | None) -> float | None:
+    """The temperature of labels on the judging rows, if these are validation rows that did not choose the step, and
+    there is room for scoring their labels."""
+    compared, engine = plan.comparisons, plan.batches.engine
+    if labels is None or not compared.answers or compared.chose:
+        return None
+    rows = compared.answered()
+    own = [(_text(plan, row.completion), row.completion) for row in rows]
+    passes = 1 if engine.shares_prefixes else len(labels.ids)
+    if not labels.are_those_of(own) or passes * compared.judging.tokens > compared.left:
+        return None
+    expected = np.array([labels.number(text) for text, _ in own])
+    known, copies = expected >= 0, np.array([*compared.judging.copies.values()])
+    scores = labels.score(engine, [row.prompt for row in rows])
+    return temperature(scores[known], expected[known], copies[known])
+
+
+def _text(plan: Plan, ids: Sequence[int]) -> str:
+    return str(plan.datasets.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _compare_answers(plan: Plan, base: Callable[[], AbstractContextManager[None]], looks: int) -> Answers:
@@ -319,13 +410,13 @@ def _compare_answers(plan: Plan, base: Callable[[], AbstractContextManager[None]
     rows = compared.answered()
     if plan.group.main or launcher.sharding():
         contexts = base(), nullcontext()
-        found = [exact.right(plan.model, plan.batches.engine, rows, inside).tolist() for inside in contexts]
+        found = [exact.exact_matches(plan.model, plan.batches.engine, rows, inside).tolist() for inside in contexts]
     of_base, of_adapter = map(np.array, plan.group.broadcast(found))
     constant = None
     if compared.majority is not None:
         label = plan.datasets.tokenizer.decode(compared.majority, skip_special_tokens=True).strip()
         constant = label, np.array([float(row.completion == compared.majority) for row in rows])
-    return Answers.of(of_base, of_adapter, np.array([*compared.rows.copies.values()]), constant, looks)
+    return Answers.of(of_base, of_adapter, np.array([*compared.judging.copies.values()]), constant, looks)
 
 
 def _advice(plan: Plan, trained: TrainedAdapter, decided: Name, answers: Answers | None) -> Iterator[str]:
@@ -343,7 +434,7 @@ def _advice(plan: Plan, trained: TrainedAdapter, decided: Name, answers: Answers
         return
     if plan.datasets.alike:
         yield f"labels that look alike: {listed([f'{one} → {other}' for one, other in plan.datasets.alike.items()], 3)}"
-    if decided == "cannot tell" and plan.comparisons.rows.rows == plan.comparisons.rows.total:
+    if decided == "cannot tell" and plan.comparisons.judging.rows == plan.comparisons.judging.total:
         yield "more held-out rows"
     hints = ["more rows, whose prompts contain what decides the answer"]
     if more:  # the passes of `auto` are enough for most rows
@@ -352,8 +443,10 @@ def _advice(plan: Plan, trained: TrainedAdapter, decided: Name, answers: Answers
     yield from hints
 
 
-def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
-    """Measure the remaining results of an adapter; unexpected ones are logged.
+def measure_remaining(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
+    """Measure what remains after `compare_with_base`: side effects, test loss, preference metrics and sample answers.
+
+    Unexpected results are logged.
 
     Args:
         plan: The run, whose model has the adapter.
@@ -362,29 +455,35 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     Raises:
         NumericError: The loss on the test rows is NaN or inf.
     """
-    unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
-    changed, left_out = Behavior(unknown=_NO_ROOM), plan.comparisons.left_out
-    forgetting, base = _forgotten(plan, trained), base_results(plan, trained.weights)
+    earlier = _compare_earlier(plan, trained)
+    base, left_out = base_results(plan, trained.weights), plan.comparisons.left_out
+    unrelated: LossComparison | str = plan.datasets.unrelated.unknown
     if "unrelated" in left_out:
-        unrelated = Forgetting(None, unknown=_NO_ROOM)
-    elif text is not None:
-        unrelated = gain.forgetting(base, text, unrelated_kinds())
-    if "behavior" not in left_out:
-        changed = _measure_behavior(plan, base)
-    for remark in filter(None, (unrelated.remark, changed.remark)):
-        note(remark)
+        unrelated = _NO_ROOM
+    elif (text := plan.datasets.unrelated.rows) is not None:
+        unrelated = compare_on_unrelated_text(base, text, unrelated_kinds())
+    reasons = None
+    if "behavior" in left_out:
+        changed = Behavior(unknown=_NO_ROOM)
+    elif plan.group.main or launcher.sharding():  # sharded weights need all processes in each forward pass
+        changed = behavior.compare_on_base_answers(base, plan.datasets.renderer)
+        if plan.datasets.can_reason:
+            reasons = reasoning.compare(base, plan.datasets.renderer)
+    else:
+        changed = Behavior(unknown="measured by the main process")
     test = None
     if (rows := plan.datasets.test) is not None:
         objective = plan.batches.objective
-        note(f"scoring the adapter on {plural(rows.items, f'test {gain.item(objective.unit)}')}")
-        test = gain.final_score(plan.batches.engine, objective, rows)
+        note(f"scoring the adapter on {plural(rows.items, f'test {item(objective.unit)}')}")
+        test = score_test_rows(plan.batches.engine, objective, rows)
     return replace(
         trained,
-        forgetting=forgetting,
+        earlier=earlier,
         unrelated=unrelated,
         behavior=changed,
+        reasoning=reasons,
         test=test,
-        preferences=_measure_preferences(plan),
+        preferences=_preference_metrics(plan),
         samples=_sample_answers(plan, trained),
         computed_by=plan.batches.engine.computed_by,
         not_accelerated=plan.batches.engine.acceleration.fallbacks,
@@ -395,11 +494,11 @@ def _sample_answers(plan: Plan, trained: TrainedAdapter) -> list[SampleAnswer]:
     """Some held-out prompts with the answers of base and adapter, in the main process; none where weights are sharded,
     or without held-out rows that have a prompt and an answer."""
     compared, rows = plan.comparisons, plan.run.rows
-    if "samples" in compared.left_out or compared.rows.split != "validation" or not plan.group.main:
+    if "samples" in compared.left_out or compared.judging.split != "validation" or not plan.group.main:
         return []
     if launcher.sharding() or rows is None or rows.validation is None or plan.batches.objective.unit != "token":
         return []
-    examples, system = first_examples(rows.validation, compared.rows.dataset.rows), plan.run.system
+    examples, system = first_examples(rows.validation, compared.judging.dataset.rows), plan.run.system
     prompts = {place_in_cache(one.where): card.prompt_text(one, system) for one in examples}
     shown = [row for row in compared.answered() if prompts.get(row.where)]
     shown = shown[: 1 if compared.answers else SAMPLES]
@@ -414,41 +513,26 @@ def _sample_answers(plan: Plan, trained: TrainedAdapter) -> list[SampleAnswer]:
             of_base = [*write()] if shown else []
     except ModelError:  # it cannot write, which `behavior` has said
         return []
-
-    def text(ids: Sequence[int]) -> str:
-        return str(renderer.tokenizer.decode([*ids], skip_special_tokens=True)).strip()
-
     return [
-        SampleAnswer(prompts[row.where], text(before), text(after), text(row.completion))
+        SampleAnswer(prompts[row.where], *(behavior.text_of(renderer, ids) for ids in (before, after, row.completion)))
         for row, before, after in zip(shown, of_base, of_adapter, strict=True)
     ]
 
 
-def _measure_behavior(plan: Plan, base: BaseResults) -> Behavior:
-    """How the base's own answers have changed. Errors do not fail the run; only the main process measures, unless all
-    take part in each forward pass."""
-    if not plan.group.main and not launcher.sharding():
-        return Behavior(unknown="measured by the main process")
-    try:
-        return behavior.measure(base, plan.datasets.renderer)
-    except (DataError, ModelError) as error:
-        return Behavior(unknown=error.problems[0].what)
-
-
-def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
-    """The change on rows of the earlier run, compared with the adapter from which training continued."""
+def _compare_earlier(plan: Plan, trained: TrainedAdapter) -> LossComparison | str | None:
+    """See `TrainedAdapter.earlier`."""
     earlier, start = plan.datasets.earlier, plan.run.start
     if earlier is None or start is None:
         return None
     if earlier.rows is None:
-        return Forgetting(None, unknown=earlier.unknown)
+        return earlier.unknown
     before = tensors.as_started(plan.model, plan.adapter_init, trained.weights)
-    rows = gain.sample({earlier.split: earlier.rows}, plan.tokens)
-    comparison = gain.measure(plan.batches.engine, SFT, before, rows, "start")
-    return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
+    rows = sample_rows({earlier.split: earlier.rows}, plan.tokens)
+    found = compare_losses(plan.batches.engine, SFT, before, rows, "start")
+    return replace(found, description=f"{found.sampled_rows()} of the earlier run")
 
 
-def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
+def _preference_metrics(plan: Plan) -> PreferenceMetrics | None:
     """The preference metrics of the adapter; unexpected ones are logged. None for other objectives."""
     objective = plan.batches.objective
     if not isinstance(objective, PreferenceObjective):

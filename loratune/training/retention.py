@@ -310,20 +310,20 @@ class ItemsWithTexts:
 # Writing the texts
 
 
-def auto_weight(run: RunConfig) -> tuple[float, str]:
+def auto_weight(config: RunConfig) -> tuple[float, str]:
     """`retention.kl_weight`, and why."""
-    if run.training.objective == "sft":
+    if config.training.objective == "sft":
         return _WEIGHT, "the base keeps what it can do otherwise; its texts add about a fifth to the tokens"
-    return 0.0, f"retention was measured for sft, and not for {run.training.objective}"
+    return 0.0, f"retention was measured for sft, and not for {config.training.objective}"
 
 
-def typical_texts(run: RunConfig, tokens: float) -> list[tuple[int, int]]:
+def typical_texts(config: RunConfig, tokens: float) -> list[tuple[int, int]]:
     """The sizes of the texts in a batch of one process, before their prompts are known: (length, tokens compared) of
     each; none without retention. tokens: those of the rows of an optimizer step."""
-    if not run.has_retention:
+    if not config.has_retention:
         return []
-    found = TextsOfStep.of(tokens, _HEADER, run.retention.max_new_tokens)
-    of_batch = -(-found.number // run.training.gradient_accumulation_steps)
+    found = TextsOfStep.of(tokens, _HEADER, config.retention.max_new_tokens)
+    of_batch = -(-found.number // config.training.gradient_accumulation_steps)
     return [(_HEADER + found.tokens, found.tokens)] * of_batch
 
 
@@ -348,12 +348,12 @@ def sample_count(tokens: int | None, longest: int) -> tuple[int, str]:
     return count, f"at most a tenth of the {tokens:,} tokens of the run" if count < _MOST_SAMPLES else "enough"
 
 
-def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None) -> list[tuple[int, ...]]:
+def prompts(renderer: Renderer, config: RunConfig, chat: bool, context: int | None) -> list[tuple[int, ...]]:
     """What the texts continue: prompts of the file; or the header of a user's turn, or the first token.
 
     Args:
         renderer: Renders prompts.
-        run: The config.
+        config: The config.
         chat: Whether the rows of the run are conversations; then text is a user's turn.
         context: The positions of the model, if they are known.
 
@@ -361,11 +361,11 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
         DataError: The file has no prompts, or they cannot be read or rendered.
         ConfigError: A text would be longer than the context of the model.
     """
-    section = run.retention
+    section = config.retention
     given = [("", renderer.user_header())] * decided(section.num_samples)
     if section.prompts is not None:
-        rows = read_questions(section.prompts, run.data)
-        chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: decided(section.num_samples)]
+        rows = read_questions(section.prompts, config.data)
+        chosen = np.random.default_rng(config.training.seed).permutation(len(rows))[: decided(section.num_samples)]
         given = [_prompt(renderer, rows[number], chat) for number in sorted(chosen.tolist())]
     where, longest = max(given, key=lambda one: len(one[1]))
     tokens = len(longest) + section.max_new_tokens

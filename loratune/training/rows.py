@@ -15,9 +15,10 @@ import numpy as np
 
 from loratune import data
 from loratune.codes import Code
-from loratune.config import ModelSection
+from loratune.config import AUTO, ModelSection
 from loratune.data import TokenizedDataset
 from loratune.data.fields import LABEL_TOKENS, Classes
+from loratune.data.formats.reasoning import reasons
 from loratune.data.rendering import Renderer
 from loratune.data.rendering.spans import DESIRABLE
 from loratune.data.report import remarks_on_weights
@@ -25,7 +26,7 @@ from loratune.errors import ConfigError, DataError, ModelError, Problem, Resourc
 from loratune.lora.initialize import START_KEY as KEY
 from loratune.model import load
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
-from loratune.text import beginning
+from loratune.text import Information, beginning
 from loratune.training.preflight import Run, StartAdapter
 
 _FEWEST_UNRELATED_TOKENS = 16
@@ -58,14 +59,18 @@ class TokenizedDatasets:
         test: The test rows, if there are any.
         max_length: The number of tokens to which rows were cut.
         remarks: For each split by its name, lines on how it was read. Known to the main process only.
-        leaks: Lines on validation and test rows that are also in another split. Known to the main process only.
+        leaks: Split → lines on its rows that are also in another split, or replayed; only splits that have such rows.
+            Known to the main process only.
         unrelated: Text that no rows are about. It is no split of the rows.
         earlier: Rows of the earlier run: its validation rows, or its training rows if it had none; None where the run
             starts from no adapter.
         replay: What loratune.json records of the rows that are replayed: their share and number, and the fingerprint
             of the run's own training rows; None if none are.
         notes: Lines on what the run starts from.
+        classes: The number of labels of the training rows; 0 if their answers are no labels. Known to the main process
+            only.
         alike: Label of the training rows → the more frequent one that looks like it. Known to the main process only.
+        empty_reasoning: `data.empty_reasoning` as it was decided; `auto` if the chat template has no such block.
     """
 
     renderer: Renderer
@@ -74,12 +79,14 @@ class TokenizedDatasets:
     test: TokenizedDataset | None
     max_length: int
     remarks: dict[str, list[str]]
-    leaks: list[str]
+    leaks: Mapping[str, list[str]]
     unrelated: MeasuredText
     earlier: MeasuredText | None = None
     replay: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    classes: int = 0
     alike: Mapping[str, str] = field(default_factory=dict)
+    empty_reasoning: str = AUTO
 
     def notes_on_sides(self) -> Iterator[str]:
         """How many answers are desirable, for unpaired preferences."""
@@ -93,6 +100,11 @@ class TokenizedDatasets:
     def tokenizer(self) -> Any:
         """The tokenizer of the base."""
         return self.renderer.tokenizer
+
+    @property
+    def can_reason(self) -> bool:
+        """Whether the chat template has an empty block of reasoning, and so a mode with reasoning."""
+        return self.empty_reasoning != AUTO
 
     @property
     def splits(self) -> dict[str, TokenizedDataset]:
@@ -126,6 +138,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
     section, model_config = run.config.data, load.load_config(run.config.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary, section.chat_template_kwargs)
+    renderer, empty_reasoning, remark = _decide_empty_reasoning(run, renderer, group)
 
     def prepare(name: str) -> TokenizedDataset:
         raw = run.rows or data.read_datasets(section, run.config.training.seed)
@@ -136,31 +149,35 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
     for rows in splits.values():
         data.check_positions(rows, section, context)
     remarks: dict[str, list[str]] = {name: [] for name in splits}
-    leaks: list[str] = []
-    alike: dict[str, str] = {}
+    leaks = dict[str, list[str]]()
+    count, alike = 0, dict[str, str]()
     if run.rows is not None:
         for name, split in run.rows.splits.items():
-            remarks[name] += [*split.remarks(), *filter(None, [splits[name].rows.remark])]
+            lines = [*split.remarks(), *filter(None, [splits[name].rows.remark])]
+            remarks[name] += [line for line in lines if name == "train" or line not in remarks["train"]]
             remarks[name] += remarks_on_weights(splits[name].rows.weights)
         train = run.rows.train
         if run.system:
             what = f"all rows have the system message {beginning(run.system)}"
-            remarks["train"].append(f"{what}; generate and chat will use it")
+            remarks["train"].append(Information(f"{what}; generate and chat will use it"))
         if section.stride and not any(split.report.split_rows for split in splits.values()):
             remarks["train"].append("data.stride has no effect, as no row is split into blocks")
         if section.prompt_loss_weight and train.formats == ["text"]:
             remarks["train"].append("data.prompt_loss_weight has no effect, as the rows are texts without a prompt")
         if train.kind is None and float(np.median(splits["train"].rows.supervised)) <= LABEL_TOKENS:
-            classes = Classes.of(train.examples(), len(train), section.loss_on)
+            classes = Classes.of(train.examples())
             remarks["train"] += filter(None, [classes.remark_on_similar()])
-            alike = classes.joined()
+            count, alike = classes.labels, classes.joined()
         rendering = (
+            remark,
+            renderer.remark_on_header() if train.chat else None,
             renderer.remark_on_bos(splits["train"].rows.row(0).ids),
             data.remark_on_arguments(train, splits["train"].rows, renderer),
             data.remark_on_lost_characters(train, splits["train"].rows, renderer, section),
         )
         remarks["train"] += filter(None, rendering)
-        leaks = [line for one in data.find_leaks(run.rows) for line in one.remarks()]
+        found = [(one.split, line) for one in data.find_leaks(run.rows) for line in one.remarks()]
+        leaks = {split: [line for other, line in found if other == split] for split, _ in found}
     longest = min(data.UNRELATED_TOKENS, section.max_length, context or data.UNRELATED_TOKENS)
     datasets = TokenizedDatasets(
         renderer,
@@ -171,9 +188,39 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
         remarks,
         leaks,
         _unrelated(renderer, vocabulary, longest, group),
+        classes=count,
         alike=alike,
+        empty_reasoning=empty_reasoning,
     )
     return _with_earlier_run(datasets, run, group)
+
+
+def _decide_empty_reasoning(run: Run, renderer: Renderer, group: Group) -> tuple[Renderer, str, str]:
+    """The renderer of the run, `data.empty_reasoning` as it is decided, and a line on it for the user, or an empty one.
+
+    Raises:
+        DataError: The rows, which are read for this, have changed.
+    """
+    section = run.config.data
+    setting, closing = section.empty_reasoning, renderer.closing_reasoning()
+    if setting == "supervised" or closing is None:
+        unused = setting == "context" and "data.empty_reasoning has no effect: the chat template writes no such block"
+        return renderer, setting, unused or ""
+    if setting == AUTO:
+        is_free = section.loss_on != "all" and not section.prompt_loss_weight
+        setting = group.broadcast("context" if group.main and is_free and not _reasons(run) else "supervised")
+    if setting == "supervised":
+        return renderer, setting, ""
+    what = "the empty block of reasoning before answers is context, not learned, and prompts have it by default"
+    how = "so that the adapter can still reason where a caller sets enable_thinking: true"
+    return closing, setting, Information(f"{what}, {how}")
+
+
+def _reasons(run: Run) -> bool:
+    """Whether a row of the run has reasoning, or none goes through a chat template."""
+    rows = run.rows or data.read_datasets(run.config.data, run.config.training.seed)
+    splits = [split for split in rows.splits.values() if split.chat]
+    return not splits or any(reasons(example) for split in splits for example in split.examples())
 
 
 def _unrelated(renderer: Renderer, vocabulary: int, longest: int, group: Group) -> MeasuredText:
@@ -316,16 +363,20 @@ def _with_replay(datasets: TokenizedDatasets, earlier: TokenizedDataset, run: Ru
     if len(numbers) > len(earlier.rows):
         remark += f", whose {len(earlier.rows):,} rows are taken more than once"
     remarks = datasets.remarks | {"train": [*datasets.remarks["train"], remark]}
-    leaks = [*datasets.leaks, *_replayed_leaks(datasets, earlier, numbers)]
+    leaks = dict(datasets.leaks)
+    for name, line in _replayed_leaks(datasets, earlier, numbers):
+        leaks[name] = [*leaks.get(name, ()), line]
     record = {"share": share, "rows": len(numbers), "own": own.fingerprint}
     return replace(datasets, train=mixed, remarks=remarks, leaks=leaks, replay=record)
 
 
-def _replayed_leaks(datasets: TokenizedDatasets, earlier: TokenizedDataset, numbers: Sequence[int]) -> Iterator[str]:
-    """Lines on held-out rows that are replayed."""
+def _replayed_leaks(
+    datasets: TokenizedDatasets, earlier: TokenizedDataset, numbers: Sequence[int]
+) -> Iterator[tuple[str, str]]:
+    """Held-out splits with rows that are replayed, each with a line on them."""
     replayed = {earlier.rows.row(number).ids for number in numbers}
     lengths = [*{len(ids) for ids in replayed}]
     for name, split in datasets.splits.items():
         likely = np.flatnonzero(np.isin(split.rows.lengths, lengths)) if name != "train" else np.empty(0, np.int64)
         if count := sum(split.rows.row(number).ids in replayed for number in likely.tolist()):
-            yield f"{count:,} of the {name} rows {'is' if count == 1 else 'are'} also replayed"
+            yield name, f"{count:,} of the {name} rows {'is' if count == 1 else 'are'} also replayed"

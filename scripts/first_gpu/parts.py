@@ -22,7 +22,7 @@ from typing import Any
 from peers.common import Job, read
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "configs" / "quickstart"
+QUICKSTART = ROOT / "loratune" / "data" / "quickstart"
 WARM = 4
 """Times between updates that are not counted, while kernels are chosen and memory is reserved."""
 CONTESTANTS = {"loratune": "loratune", "trainer+peft": "plain"}

@@ -86,8 +86,8 @@ ROWS: dict[str, Callable[[Results, str], str]] = {
     "lines typed to the first adapter": lambda found, tool: str(found.of("install", tool).get("typed", MISSING)),
     "time to it, min:s": lambda found, tool: trained(found.of("train", tool)),
     "exact answers to 200 unseen rows": lambda found, tool: figure(found.of("score", tool), "exact", ".1%"),
-    "loss of an unseen answer, nats": lambda found, tool: figure(found.of("score", tool), "nats", ".2f"),
-    "KL divergence from the base on everyday instructions": lambda found, tool: figure(
+    "loss of an unseen answer (less is better)": lambda found, tool: figure(found.of("score", tool), "nats", ".2f"),
+    "KL from the base on everyday instructions (less keeps more)": lambda found, tool: figure(
         found.of("score", tool), "divergence", ".3f"
     ),
     "ten wrong inputs: named or made good, traceback, silently wrong": lambda found, tool: found.verdicts(tool),

@@ -105,12 +105,6 @@ def _schedule() -> Iterator[Spec]:
         yield spec(task, **changed, training__learning_rate=FORMULA)
 
 
-def _average() -> Iterator[Spec]:
-    for task, kind in itertools.product(VARIED, ("linear", "constant")):
-        settings: dict[str, Any] = {"training__lr_scheduler_type": kind, "training__num_train_epochs": 1.0}
-        yield spec(task, **settings, training__learning_rate=FORMULA) | {"average": [0.1, 0.25]}
-
-
 def _epochs() -> Iterator[Spec]:
     for (task, rows), lengths in LENGTHS.items():
         for epochs in lengths:
@@ -137,12 +131,6 @@ def _best() -> Iterator[Spec]:
         )  # fmt: skip
 
 
-def _tenth() -> Iterator[Spec]:
-    """Also of rates above the best, where whole runs are no longer the better the higher the rate."""
-    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), FIVE):
-        yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
-
-
 def _linear() -> Iterator[Spec]:
     """All linear layers over two passes, at the rate of one pass and at half of it; of few rows also over one."""
     few = (("spelling", 1000), ("dialogue", 400), ("classes", 200), ("spelling", 200), ("docstrings", 200))
@@ -152,15 +140,6 @@ def _linear() -> Iterator[Spec]:
                 task, rows=rows, lora__target_modules="all-linear", lora__r=8, training__num_train_epochs=epochs,
                 training__learning_rate=rate,
             )  # fmt: skip
-
-
-def _early() -> Iterator[Spec]:
-    """Validation losses on the way, at every tenth of the steps, by which `sweep --halving` ranks."""
-    for task, rate in itertools.product(("dialogue", "spelling", "classes"), (8e-4, 1.6e-3, FORMULA, 6.4e-3, 1.28e-2)):
-        yield spec(
-            task, data__validation=True, training__keep="last", training__eval_steps=max(1, ROWS[task] // 80),
-            training__learning_rate=rate,
-        )  # fmt: skip
 
 
 def _front() -> Iterator[Spec]:
@@ -256,14 +235,11 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "epochs": _epochs,
     "shapes": _shapes,
     "depth": _depth,
-    "tenth": _tenth,
     "batch": _batch,
     "targets": _targets,
     "schedule": _schedule,
-    "average": _average,
     "seeds": _seeds,
     "best": _best,
-    "early": _early,
     "linear": _linear,
     "front": _front,
     "prompt": _prompt,

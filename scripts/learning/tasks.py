@@ -156,7 +156,7 @@ def write(task: str, work: Path, train_rows: int, held_out: int = HELD_OUT, skip
     skip: how many training rows stand before these.
     """
     if task == "quickstart" and held_out == HELD_OUT:
-        shipped = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
+        shipped = Path(__file__).resolve().parents[2] / "loratune" / "data" / "quickstart"
         return {"train": shipped / "train.jsonl", "held_out": shipped / "eval.jsonl"}
     parts = [task, train_rows, *([held_out] if held_out != HELD_OUT else []), *(["after", skip] if skip else [])]
     directory = work / "tasks" / "-".join(map(str, parts))

@@ -72,14 +72,6 @@ CONTESTANTS = {
     "trl": Contestant(
         "trl", "trl", ("trl==1.16.0", "peft", "torch"), "bf16 and autocast, packing (bfd), no checkpointing"
     ),
-    "trl-liger": Contestant(
-        "trl",
-        "trl-liger",
-        ("trl==1.16.0", "peft", "torch", "liger-kernel"),
-        "the same, with Liger's kernels",
-        {"LIGER": "1"},
-        device="cuda",
-    ),
     "llamafactory": Contestant(
         "llamafactory",
         "llamafactory",

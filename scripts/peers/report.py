@@ -1,7 +1,6 @@
-"""The table and the plot of a comparison."""
+"""The table of a comparison."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from statistics import median
 from typing import Any
 
@@ -67,36 +66,3 @@ def table(runs: Runs, names: Sequence[str], census: Census, limit: float) -> lis
 def seconds_of(runs: Runs, name: str) -> list[float]:
     """Of a contestant's runs."""
     return [run["seconds"] for run in runs if run["contestant"] == name]
-
-
-def plot(charts: Mapping[str, tuple[Runs, Census]], names: Sequence[str], caption: str) -> str:
-    """An SVG of bars, tokens/s with their range, one chart above the other."""
-    drawn: list[str] = []
-    height = 30
-    for title, (runs, census) in charts.items():
-        speeds = {name: [census.tokens / taken for taken in seconds_of(runs, name)] for name in names}
-        bars = sorted(((name, found) for name, found in speeds.items() if found), key=lambda bar: -median(bar[1]))
-        drawn.append(f'<text x="10" y="{height}" class="title">{escape(title)}, tokens/s</text>')
-        most = max((max(found) for _, found in bars), default=1.0)
-        for number, (name, found) in enumerate(bars):
-            drawn += bar(name, found, 420 / most, height + 12 + 26 * number)
-        height += 26 * len(bars) + 52
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{height}" viewBox="0 0 680 {height}">\n'
-        "<style>text{font:13px sans-serif;fill:#222}.title{font-weight:bold}.small{font-size:11px;fill:#666}</style>\n"
-        f'<rect width="680" height="{height}" fill="white"/>\n'
-        + "\n".join(drawn)
-        + f'\n<text x="10" y="{height - 12}" class="small">{escape(caption)}</text>\n</svg>\n'
-    )
-
-
-def bar(name: str, speeds: Sequence[float], scale: float, top: int) -> list[str]:
-    """A bar with its label, its range as a thin line, and its median as a number."""
-    middle, low, high = median(speeds) * scale, min(speeds) * scale, max(speeds) * scale
-    colour = "#c8501e" if name == "loratune" else "#8fa3b5"
-    return [
-        f'<text x="150" y="{top + 14}" text-anchor="end">{escape(name)}</text>',
-        f'<rect x="160" y="{top}" width="{middle:.1f}" height="18" fill="{colour}"/>',
-        f'<path d="M{160 + low:.1f} {top + 9}H{160 + high:.1f}" stroke="#222" stroke-width="1.5"/>',
-        f'<text x="{168 + max(middle, high):.1f}" y="{top + 14}">{median(speeds):,.0f}</text>',
-    ]

@@ -36,6 +36,17 @@ SETS = (
     Kind("short", {"pairs": 1.0}, 512, 128, 512, 4, padded_batch=2, whole_batch=44),
     Kind("prefix", {"calls": 1.0}, 64, 1024, 2048, 2, padded_batch=2, whole_batch=2, most_prompt=0.75),
 )
+_WINDOW = {"sliding_window": 128, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}
+_EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 128}, "gemma2": _WINDOW, "gemma3_text": _WINDOW, "phi3": {},
+    "mixtral": {**_EXPERTS, "intermediate_size": 768}, "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 768},
+}  # fmt: skip
+"""The families of the benchmark, which are compared with four layers of equal sizes."""
+_SIZES = {
+    "vocab_size": 49152, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "1.7b": {
         "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
@@ -45,27 +56,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
     },
+    **{name: {"model_type": name, **_SIZES, **changes} for name, changes in FAMILIES.items()},
 }  # fmt: skip
-"""SmolLM2-1.7B and Llama 3 8B; and four layers of each of the families below."""
-_SIZES = {
-    "vocab_size": 49152, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-}  # fmt: skip
-_WINDOW = {"sliding_window": 128, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}
-_EXPERTS = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 128}, "gemma2": _WINDOW, "gemma3_text": _WINDOW,
-    "phi": {"num_key_value_heads": 8}, "phi3": {}, "gpt_neox": {}, "stablelm": {}, "glm4": {}, "smollm3": {},
-    "olmo3": _WINDOW, "cohere2": _WINDOW, "mixtral": {**_EXPERTS, "intermediate_size": 768},
-    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 768},
-    "gpt_oss": {**_EXPERTS, **_WINDOW, "intermediate_size": 512},
-    "deepseek_v3": {
-        **_EXPERTS, "moe_intermediate_size": 768, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "num_key_value_heads": 8, "kv_lora_rank": 128, "q_lora_rank": 256, "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32, "v_head_dim": 64, "head_dim": 32,
-    },
-}  # fmt: skip
-SHAPES |= {name: {"model_type": name, **_SIZES, **changes} for name, changes in FAMILIES.items()}
+"""SmolLM2-1.7B and Llama 3 8B, and the families."""
 FILLED = 0.9
 """The part of a pack that whole rows fill, about."""
 

@@ -1,6 +1,4 @@
-"""TRL's SFTTrainer at its best: bf16 base, packing by best fit, no checkpointing; LIGER=1 for Liger's kernels."""
-
-import os
+"""TRL's SFTTrainer at its best: bf16 base, packing by best fit, no checkpointing."""
 
 import datasets
 import torch
@@ -21,7 +19,6 @@ arguments = SFTConfig(
         max_length=task.pack_length,
         packing=True,
         gradient_checkpointing=False,
-        use_liger_kernel=os.environ.get("LIGER") == "1",
     )
 )
 stock.fit(

@@ -6,8 +6,10 @@ Reading: the fields of a file's first row → one of the usual formats (`recogni
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.data.sources.rows import Unreadable
@@ -201,9 +203,12 @@ def _answer_text(answer: Plain | Conversation) -> str:
     )
 
 
-def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The length of the common prefix of two sequences."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def common_prefix(one: Sequence[Any] | NDArray[Any], other: Sequence[Any] | NDArray[Any]) -> int:
+    """The length of the common prefix of two texts or lists, or of two arrays of token ids."""
+    least = min(len(one), len(other))
+    if isinstance(one, np.ndarray):
+        return next(iter(np.flatnonzero(one[:least] != other[:least]).tolist()), least)
+    return next((number for number in range(least) if one[number] != other[number]), least)
 
 
 # Fields

@@ -52,7 +52,7 @@ def parse_prompt_completion(where: str, fields: Fields) -> Plain:
 
 
 def parse_two_lists(where: str, fields: Fields) -> Conversation:
-    """`prompt` and `completion` as lists of messages, of which the second is supervised; `tools`."""
+    """`prompt` and `completion` as lists of messages, the latter supervised; `tools`."""
     return _conversation(where, fields, parse_turns(fields, "prompt"), parse_turns(fields, "completion"))
 
 

@@ -4,7 +4,16 @@ import re
 from dataclasses import replace
 from typing import TypeVar
 
-from loratune.data.formats import Conversation, Example, Message, PreferencePair, RowError, Single, UnpairedPreference
+from loratune.data.formats import (
+    Conversation,
+    Example,
+    Message,
+    PreferencePair,
+    RowError,
+    Single,
+    UnpairedPreference,
+    sides,
+)
 from loratune.errors import Problem
 
 FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -32,7 +41,7 @@ def reasoning_of(message: Message) -> str:
 
 
 def has_several(message: Message) -> bool:
-    """Whether a message has reasoning in more than one place, of which a template would take one."""
+    """Whether a message has reasoning in more than one place; a template would take one."""
     texts = {message[name].strip() for name in FIELDS if message.get(name)}
     return len(texts) + bool(texts and _IN_CONTENT.match(message["content"])) > 1
 
@@ -90,6 +99,11 @@ def without(message: Message) -> Message:
     left = {name: value for name, value in message.items() if name not in FIELDS}
     found = _IN_CONTENT.match(message["content"])
     return {**left, "content": message["content"][found.end() :]} if found else left
+
+
+def reasons(example: Example) -> bool:
+    """Whether an answer of the example has reasoning."""
+    return any("reasoning" in kind_of(one) for one in sides(example) if isinstance(one, Conversation))
 
 
 def kind_of(chat: Conversation) -> str:

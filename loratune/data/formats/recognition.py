@@ -95,7 +95,7 @@ OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.option
 """Fields that are optional in some format and required in none."""
 
 _TWO_LISTS = Format("messages", ("prompt", "completion"), parsers.parse_two_lists, ("tools", FIELD))
-"""Conversations in two lists of messages, of which the second is supervised."""
+"""Conversations in two lists of messages; the second is supervised."""
 
 CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", "preference_messages", "unpaired_preference_messages"})
 """The formats whose rows go through the chat template."""
@@ -297,7 +297,8 @@ class Parser:
         return example
 
     def _labelled(self, example: Example) -> Example:
-        """The example with the answer that `data.labels` gives it; white space around the answer stays."""
+        """The example with the answer that `data.labels` gives it. White space around the answer stays, unless it is
+        a part of the entry."""
         if isinstance(example, Plain):
             return replace(example, completion=self._label(example.completion))
         if not isinstance(example, Conversation):
@@ -310,7 +311,7 @@ class Parser:
         return replace(example, messages=tuple(messages))
 
     def _label(self, answer: str) -> str:
-        name = answer.strip()
+        name = answer if answer in self._labels else answer.strip()
         self.unseen_labels.discard(name)
         return answer.replace(name, self._labels[name]) if name in self._labels else answer
 

@@ -4,6 +4,7 @@ A prompt is rendered identically in `generate` and in training, and its ids are 
 If the tokenizer merges characters across that boundary, prompt and answer are encoded separately.
 """
 
+import copy
 import datetime
 import hashlib
 import json
@@ -22,9 +23,9 @@ import transformers
 from loratune.codes import Code
 from loratune.config.template_variables import unread
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain, Span
-from loratune.data.formats.reasoning import FIELDS, kind_of
+from loratune.data.formats.reasoning import EMPTY_REASONING, FIELDS, kind_of
 from loratune.data.rendering import samples
-from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
+from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput, with_closed_reasoning
 from loratune.data.rendering.encoder import Encoder, TokenizerFailure
 from loratune.data.rendering.spans import (
     RenderedText,
@@ -79,6 +80,33 @@ class Renderer:
     def template(self, arguments: Arguments = _NONE) -> ChatTemplate:
         """The chat template with the arguments of a row."""
         return self._templates(_as_key(arguments)) if arguments else self._template
+
+    def closing_reasoning(self) -> "Renderer | None":
+        """A renderer whose template writes the empty block of reasoning, with which answers without reasoning begin,
+        into prompts by default; None if there is no such block, or the arguments decide."""
+        block = ""
+        if self._template.empties_reasoning:
+            with suppress(DataError):
+                found = self._conversation(Conversation("", (samples.QUESTION, samples.ANSWER)), "completion")
+                block = found.text[found.prompt : found.bare_starts[-1]]
+        if not EMPTY_REASONING.fullmatch(block):
+            return None
+        tokenizer, source = copy.copy(self.tokenizer), self.tokenizer.chat_template
+        tokenizer.chat_template = (
+            {name: with_closed_reasoning(one, block) for name, one in source.items()}
+            if isinstance(source, dict)
+            else with_closed_reasoning(source, block)
+        )
+        renderer = Renderer(tokenizer, self._size, self.arguments)
+        return None if renderer.template().empties_reasoning else renderer
+
+    def remark_on_header(self) -> str | None:
+        """A line if the chat template ignores `add_generation_prompt`, and the model has to write the header of its
+        answers itself; else None."""
+        if not (header := self._template.unprompted_header):
+            return None
+        what = f"the chat template ignores add_generation_prompt, so that answers begin with {header!r}"
+        return f"{what}, which the adapter learns and shows; set data.chat_template to a template with it in the prompt"
 
     def unread(self, arguments: Collection[str]) -> str:
         """A line if the chat template does not read some of these arguments; otherwise empty."""

@@ -9,6 +9,7 @@ template, one at the beginning of each iteration of every outermost loop and one
 and inside blocks whose output is stored in a variable, get no marks.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 from jinja2 import Template, TemplateSyntaxError, nodes
 
 from loratune.codes import Code
+from loratune.config.template_variables import variables
 from loratune.data.formats import Message, Span
 from loratune.data.formats.reasoning import EMPTY_REASONING, REASONING_OPENED
 from loratune.data.rendering import sandbox
@@ -192,6 +194,15 @@ class ChatTemplate:
         return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else ""
 
     @cached_property
+    def unprompted_header(self) -> str:
+        """What the template writes before an answer, but not in its prompt, as it ignores `add_generation_prompt`;
+        empty if the prompt has it, or if it is white space."""
+        rendered = None if self.header.strip() else self._probe([QUESTION, ANSWER])
+        if rendered is None or 1 not in rendered.turn_starts or 1 not in rendered.content_ends:
+            return ""
+        return rendered.text[rendered.turn_starts[1] : rendered.content_ends[1] - len(ANSWER["content"])].strip()
+
+    @cached_property
     def empties_reasoning(self) -> bool:
         """Whether an answer without reasoning begins with an empty block of it, or closes one that its prompt opens."""
         rendered, prompt = self._probe([QUESTION, ANSWER]), self._probe([QUESTION], prompt=True)
@@ -202,14 +213,14 @@ class ChatTemplate:
     def split_reasoning(self, answer: str) -> tuple[str, str] | None:
         """The reasoning, which may be empty, and the rest of an answer as it was generated, with its special tokens;
         None if the answer closes no reasoning."""
-        opened, closed = self._around_reasoning
+        opened, closed = self.reasoning_tags
         if not closed or closed not in answer:
             return None
         reasoning, _, content = answer.partition(closed)
         return reasoning.strip().removeprefix(opened).strip(), content.lstrip()
 
     @cached_property
-    def _around_reasoning(self) -> tuple[str, str]:
+    def reasoning_tags(self) -> tuple[str, str]:
         """What the template writes before and after the reasoning of an answer, stripped; empty if not known."""
         reasoning = "loratune reasons."
         rendered = self._probe([QUESTION, {**ANSWER, "reasoning_content": reasoning}])
@@ -288,6 +299,19 @@ class ChatTemplate:
 
     def _special_token_at_end(self, text: str) -> str:
         return next((token for token in self._special_tokens if text.endswith(token)), "")
+
+
+def with_closed_reasoning(source: str, block: str) -> str:
+    """The source of a template that writes an empty block of reasoning at the end of its prompts, unless
+    `enable_thinking` is given; if it does not read that, unless it is true.
+
+    The first line tests it before the template can set a default. The block is an expression, since white space around
+    statements is removed.
+    """
+    is_switch = "enable_thinking" in variables(source)
+    default = "enable_thinking is not defined" + ("" if is_switch else " or not enable_thinking")
+    written = f"{json.dumps(block)} if add_generation_prompt and closes_reasoning else ''"
+    return f"{{% set closes_reasoning = {default} %}}\n{source.removesuffix(chr(10))}{{{{ {written} }}}}"
 
 
 # Marks

@@ -37,6 +37,7 @@ from loratune.data.sources.rows import (
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance, note
 from loratune.system.environment import cache_fix
+from loratune.system.files import beside
 
 GIVEN = "(rows given by the program)"
 """The path, in a config, of a source whose rows were passed in memory by a program."""
@@ -129,7 +130,7 @@ def given_rows(rows: Any, name: str) -> GivenRows:
     """Rows of a Python program, to be read like those of a file.
 
     Args:
-        rows: A `datasets.Dataset`, of which the columns chosen by `with_format` are read; a pandas DataFrame, whose
+        rows: A `datasets.Dataset`, with the columns chosen by `with_format`; a pandas DataFrame, whose
             missing values become null, and whose index is read if it has a name; or an iterable of dicts.
         name: Prefix of the places of rows, such as `train`.
 
@@ -298,7 +299,7 @@ def _load_hub_split(source: Source) -> HubSplit:
     except Exception as error:  # every kind of failure of the hub, its cache and its builders ends up here
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         what = f"no such file, and it cannot be loaded as a hub dataset ({reason})"
-        fix = cache_fix(error) or "check the path or hub id"
+        fix = cache_fix(error) or beside(Path(source.path), Path.is_file) or "check the path or hub id"
         raise DataError(Problem(Code.DATA_HUB, what, source.path, fix=fix)) from None
     name = f"{source.path}[{split}]"
     return HubSplit(name, _without_media(dataset, name))
@@ -318,4 +319,5 @@ def _check_reachable(hub_id: str) -> None:
         pass  # the hub answers; `load_dataset` reports what it says
     except Exception as error:  # whatever the network stack raises
         what = f"no such file; the hub cannot be reached and no such dataset is cached ({error})"
-        raise DataError(Problem(Code.DATA_HUB, what, hub_id, fix="check the path, or the connection")) from None
+        fix = beside(Path(hub_id), Path.is_file) or "check the path, or the connection"
+        raise DataError(Problem(Code.DATA_HUB, what, hub_id, fix=fix)) from None

@@ -28,7 +28,7 @@ from loratune.data.sources import rows as readers
 from loratune.data.sources.rows import BLOCK, Row, RowOrProblem, Unreadable
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance, progress
-from loratune.system.files import sha256
+from loratune.system.files import beside, sha256
 from loratune.text import listed
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -110,7 +110,11 @@ def find_files(path: Path, sample_by: str = AUTO) -> tuple[list[Path], list[Path
             if glob.has_magic(str(path)):
                 found = {*map(Path, _matches(str(path)))}
                 return _data_files(found, path, sample_by, "no data files match this glob")
-            raise DataError(Problem(Code.DATA_NOT_FOUND, "no such file", str(path), fix="check the path"))
+            raise DataError(
+                Problem(
+                    Code.DATA_NOT_FOUND, "no such file", str(path), fix=beside(path, Path.is_file) or "check the path"
+                )
+            )
         if not path.is_file():
             what, fix = "neither a file nor a directory", "write the rows to a file first"
             raise DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix=fix))

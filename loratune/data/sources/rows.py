@@ -387,7 +387,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
 
 
 def repeated_key(names: Sequence[str]) -> Unreadable:
-    """What stands for an object with these keys, of which one is repeated."""
+    """What stands for an object with these keys, one of them repeated."""
     name = next(name for name, count in Counter(names).items() if count > 1)
     return Unreadable(f"an object with the key `{name}` twice")
 

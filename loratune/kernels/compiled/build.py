@@ -68,7 +68,9 @@ VARIANTS = (
     Variant("x86-64-v4", ("-march=x86-64-v4", *_SHIPPED), _V4),
     Variant("x86-64-v3", ("-march=x86-64-v3", *_SHIPPED), _V3),
 )
-"""The variants in a wheel, the best one first."""
+"""The variants in a wheel, the best one first: for Zen 4, Sapphire Rapids and Cooper Lake; for Skylake-X and Ice Lake;
+for Haswell, Zen 1 to 3 and laptop processors. The results of variants may differ in the last digits. The wheel needs
+glibc 2.28 or newer."""
 
 
 def choose(machine: str, features: Collection[str]) -> Variant | None:

@@ -7,13 +7,14 @@ import ctypes
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loratune.kernels.compiled import build, library, reference, self_test
+from loratune.kernels.compiled import build, library, operations, reference
 from loratune.kernels.compiled.library import Library
 from loratune.kernels.layout import Layout, Scoring
 from loratune.kernels.upstream import is_fake
@@ -30,19 +31,17 @@ FEW_TOKENS_QUANTIZED = 4
 def fused_ops(like: Tensor) -> reference.FusedOps:
     """The fused operations for tensors like this one.
 
-    The reference is used on a GPU, for float16, outside Linux, with LORATUNE_NATIVE=0, and if no library is included in
-    the installation and none can be compiled; otherwise the compiled operations are used.
+    The reference is used on a GPU, for float16, outside Linux, with LORATUNE_NATIVE=0, if no library is included in the
+    installation and none can be compiled, and if one computes something else than the reference on this machine;
+    otherwise the compiled operations are used.
     """
     functions = _library(like.dtype).functions if not _untried(like) else None
     return CompiledOps(functions, like.dtype) if functions is not None else reference
 
 
 def notes(like: Tensor) -> list[str]:
-    """Lines for the user: what failed the self-test on this machine, and a problem of the compiled operations that are
-    used for such tensors."""
-    failed = "; ".join(self_test.failed())
-    lines = [f"loratune env --self-test failed on this machine: {failed}"] if failed else []
-    return [*lines, *filter(None, [library_note(like)])]
+    """Lines for the user on a problem of the compiled operations that are used for such tensors."""
+    return [*filter(None, [library_note(like)])]
 
 
 def library_note(like: Tensor) -> str:
@@ -68,7 +67,6 @@ def refusal(like: Tensor) -> str:
 
 def _untried(like: Tensor) -> str:
     """Why compiled operations are not even loaded; empty if they are."""
-    failed = self_test.refusal(self_test.OPERATIONS, dtype=like.dtype)
     reasons = {
         f"the model is on {like.device.type}": like.device.type != "cpu",
         f"no compiled code is for {str(like.dtype).removeprefix('torch.')}: set model.dtype to bfloat16 or float32": (
@@ -76,14 +74,33 @@ def _untried(like: Tensor) -> str:
         ),
         f"no compiled code is for {platform.system()}": platform.system() != "Linux",
         "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
-        f"they {failed}": bool(failed),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
+def loaded(dtype: torch.dtype) -> "CompiledOps | None":
+    """The compiled operations for a dtype, whatever they compute; None if they are not used for other reasons."""
+    functions = _loaded(dtype).functions if not _untried(torch.zeros(1, dtype=dtype)) else None
+    return CompiledOps(functions, dtype) if functions is not None else None
+
+
+@cache
+def _loaded(dtype: torch.dtype) -> Library:
+    return library.load(DEFINES[dtype])
+
+
 @cache
 def _library(dtype: torch.dtype) -> Library:
-    return library.load(DEFINES[dtype])
+    """The library for a dtype; without its functions if one of them computes something else than its reference."""
+    found = _loaded(dtype)
+    if found.functions is None:
+        return found
+    differing = operations.differences(CompiledOps(found.functions, dtype), dtype)
+    name = max(differing, key=lambda one: differing[one])
+    if differing[name] <= operations.TOLERANCE[dtype]:
+        return found
+    why = f"they compute something else than torch on this machine: {name}, by {differing[name]:.1e}"
+    return replace(found, functions=None, note=f"{why}; report it with the page of loratune env")
 
 
 class CompiledOps:

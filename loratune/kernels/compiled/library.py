@@ -1,18 +1,17 @@
 """The compiled library of fused operations: shipped with loratune, or compiled on this machine.
 
-A library that is compiled here is cached. As it runs in the process that loads it, owner and mode of the cache
-directory and of the file are checked, and a digest detects damage. The checked bytes are copied into memory and loaded
-from there, so nobody can change or truncate them while they are in use.
+A library that is compiled here is an entry of the cache, which only trusts files that nobody else could have written.
+The bytes are copied into memory and loaded from there, so nobody can change or truncate them while they are in use.
 """
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +19,10 @@ from loratune.events import progress
 from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
 from loratune.system import environment
-from loratune.system.files import make_private_directory, open_file, ownership_problem, replace_private
-from loratune.system.kept_results import cache_directory as cache_directory
+from loratune.system.cache import EntryKind, cache_directory
 from loratune.system.platforms import sealed_file
 
-_log = logging.getLogger(__name__)
-
-_MAX_BYTES = 64 << 20  # Limit for files that are read; a library has 100 kB.
+LIBRARIES = EntryKind(cache_directory, ".so", days=90, most=100)
 _REINSTALL = "install loratune again (pip install --force-reinstall --no-deps)"
 _NOT_KEPT = "the fast CPU code is compiled again for each run, as it cannot be kept: {}"
 _INSTALL_COMPILER = "install gcc (Debian, Ubuntu: apt install gcc libc6-dev)"
@@ -88,49 +84,16 @@ def compiled(define: str, variant: Variant = NATIVE) -> Library:
     compiler = os.path.abspath(executable)
     try:
         key = _key(compiler, variant, define)
-        name = f"{variant.name}-{key}"
-        path, note = _cache_file(f"{name}.so")
-        functions = _load_cached(path, key) if path is not None else None
-        if functions is None:
-            content = _compile(compiler, variant, define)
-            functions = _link(content)
-            note = _keep(path, key, content) if path is not None else note
-        return Library(functions, note or None, name)
+        name = f"{variant.name}-{key[:16]}"
+        if (content := LIBRARIES.read(key)) is not None:
+            with suppress(OSError):  # for example, the OpenMP runtime was removed
+                return Library(_link(content), name=name)
+        content = _compile(compiler, variant, define)
+        functions = _link(content)
+        why = LIBRARIES.write(key, content)
+        return Library(functions, _NOT_KEPT.format(why) if why else None, name)
     except (OSError, subprocess.SubprocessError) as error:
         return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
-
-
-def _cache_file(name: str) -> tuple[Path | None, str]:
-    """The path of a file in the cache; or None, and a note for the user, if the cache cannot be used."""
-    try:
-        directory = cache_directory()
-        make_private_directory(directory)
-        if why := ownership_problem(directory.lstat()):
-            return None, _NOT_KEPT.format(f"{directory} {why}")
-        return directory / name, ""
-    except (OSError, RuntimeError) as error:  # There is no home directory, space or permission.
-        return None, _NOT_KEPT.format(reason(error))
-
-
-def _load_cached(path: Path, key: str) -> ctypes.CDLL | None:
-    """A library from the cache; None if it is missing or damaged, cannot be loaded, or others can write to it."""
-    try:
-        with open_file(path) as file:
-            is_ours = not ownership_problem(os.fstat(file.fileno()))
-            content = build.unsealed(key, file.read(_MAX_BYTES)) if is_ours else None
-        return _link(content) if content is not None else None
-    except OSError:
-        _log.debug("%s is not loaded from the cache", path, exc_info=True)
-        return None
-
-
-def _keep(path: Path, key: str, content: bytes) -> str:
-    """Write a library to the cache atomically. Returns a note for the user if it cannot be written."""
-    try:
-        replace_private(path, build.sealed(key, content))
-    except OSError as error:
-        return _NOT_KEPT.format(reason(error))
-    return ""
 
 
 def _compile(compiler: str, variant: Variant, define: str) -> bytes:
@@ -167,4 +130,4 @@ def _key(compiler: str, variant: Variant, define: str) -> str:
     status = Path(compiler).resolve().stat()
     machine = [lines, platform.machine(), platform.libc_ver()]
     parts = [variant.key(define), compiler, status.st_mtime_ns, status.st_size, machine]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -44,7 +44,7 @@ _ONLY_SCORED = ("data.validation", "data.test")
 _NOT_COMPARED = ("output_dir", "training.report_to", "training.ddp_timeout")
 """Keys that may change: the checkpoints were found, so the run directory may have been moved; the others change no
 step."""
-_RESTART = "start afresh with --overwrite"
+_RESTART = "start afresh with `overwrite=True`"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ResumePoint:
         skipped: A problem for each newer checkpoint that is not whole.
         changes: The keys that this resumption changes, in the form of `CheckpointRecord.changes`.
         learning_rate_factor: The new learning rate divided by the old one.
-        kept: Keys that are `auto` → their values when the run was interrupted.
+        decided: Keys that are `auto` → their values when the run was interrupted.
     """
 
     checkpoint: Path
@@ -67,7 +67,7 @@ class ResumePoint:
     skipped: tuple[Problem, ...] = ()
     changes: list[dict[str, Any]] = field(default_factory=list)
     learning_rate_factor: float = 1.0
-    kept: dict[str, Any] = field(default_factory=dict)
+    decided: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -122,8 +122,8 @@ class ResumePoint:
             dropout: Whether the run uses dropout.
         """
         yield from map(str, self.skipped)
-        if kept := [f"{key} {auto.shown(value)}" for key, value in self.kept.items() if value is not False]:
-            yield f"auto: as when the run was interrupted, {', '.join(kept)}"
+        if decided := [f"{key} {auto.shown(value)}" for key, value in self.decided.items() if value is not False]:
+            yield f"auto: as when the run was interrupted, {', '.join(decided)}"
         for change in current.changes:
             yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
         if self.record.changed_conditions(current.conditions or {}, self.step):
@@ -149,17 +149,18 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     Raises:
         ResumeError: No checkpoint is whole; the config has changed; a key cannot be changed; with the processes that
             there are now, a step would take other rows, or DeepSpeed's files cannot be read.
-        ConfigError: As `auto.keep`.
+        ConfigError: As `auto.with_decided`.
     """
     if wrong := [key for key in allowed if key not in CHANGEABLE]:
         fix = f"leave it out; these keys can be changed: {', '.join(CHANGEABLE)}"
         what = "a resumed run cannot change this key"
-        raise ResumeError([Problem(Code.RESUME_CHANGED, what, key=f"--allow-change {key}", fix=fix) for key in wrong])
+        raise ResumeError([Problem(Code.RESUME_CHANGED, what, key=f"resume: {key}", fix=fix) for key in wrong])
     checkpoint, before, skipped = newest_whole(checkpoints)
     if other_budget := [*_changed_budget(before, run)]:
         raise ResumeError([*skipped, *other_budget])
-    config = auto.keep(run, before.config).resolved()
-    old, unknown = read_earlier(auto.with_added_sections(before.config))
+    run, decided = auto.with_decided(run, before.decided)
+    config = run.resolved()
+    old, unknown = read_earlier({"retention": {"kl_weight": 0.0}, **before.config})  # a section of later releases
     if "num_train_epochs" in config["training"]:  # which is left out where max_steps sets the length
         old = old | {"training": {"num_train_epochs": AUTO} | old["training"]}
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
@@ -173,17 +174,17 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
         skipped=tuple(skipped),
         changes=[{"step": step, "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)],
         learning_rate_factor=config["training"]["learning_rate"] / old["training"]["learning_rate"],
-        kept=auto.kept(run, before.config),
+        decided=decided,
     )
 
 
-def _changed_budget(before: CheckpointRecord, run: RunConfig) -> Iterator[Problem]:
+def _changed_budget(before: CheckpointRecord, config: RunConfig) -> Iterator[Problem]:
     """A time budget that is not the one from which the steps of the run were fixed."""
-    old, new = before.max_minutes, run.training.max_minutes
+    old, new = before.max_minutes, config.training.max_minutes
     if new is not None and old != new:
         what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed since then"
         fix = "change it back; or for another length: --set training.max_minutes= --set training.max_steps=N"
-        fix += " --allow-change training.max_steps"
+        fix += " `resume=[..., 'training.max_steps']`"
         yield Problem(Code.RESUME_CHANGED, what, key="training.max_minutes", fix=fix)
 
 
@@ -203,7 +204,7 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Se
             continue
         option = next((name for name in CHANGEABLE if key == name or key.startswith(f"{name}.")), None)
         what = f"was {_json(old)} when the run was interrupted, and is now {_json(new)}"
-        fix = "change it back" + (f", or allow the change with --allow-change {option}" if option else "")
+        fix = "change it back" + (f", or allow the change with `resume=[..., {option!r}]`" if option else "")
         yield Problem(Code.RESUME_CHANGED, what, key=key, fix=fix)
 
 
@@ -217,7 +218,8 @@ def _changed_step_sizes(before: CheckpointRecord, now: Mapping[str, Any]) -> Ite
     rows = [f"{math.prod(sizes)} ({_processes(sizes[0])} x {sizes[1]} x {sizes[2]})" for sizes in (old, new)]
     if math.prod(old) != math.prod(new):
         what = f"a step took {rows[0]} rows when the run was interrupted, and would now take {rows[1]}"
-        fix = f"start {_processes(old[0])}, or change keys so that the product stays the same, with --allow-change"
+        fix = f"start {_processes(old[0])}, or change keys so that the product stays the same"
+        fix += ", with `resume=[..., 'KEY']`"
         key = f"training.{keys[0] if old[1] != new[1] else keys[1]}"
         yield Problem(Code.RESUME_CHANGED, what, key=key, fix=fix)
     elif old[1] != new[1] and now["data"]["packing"] == "full":
@@ -241,7 +243,7 @@ def _processes(number: int) -> str:
 def content_problem(name: str, details: str = "") -> Problem:
     """The problem that something of `CONTENTS` is not what it was when the run was interrupted."""
     key, what = CONTENTS[name]
-    allow = f"allow the change with --allow-change {key}" if key in _ONLY_SCORED else _RESTART
+    allow = f"allow the change with `resume=[..., {key!r}]`" if key in _ONLY_SCORED else _RESTART
     what = f"the {what} changed since the run was interrupted{details}"
     return Problem(Code.RESUME_CHANGED, what, key=key, fix=f"put back what was there, or {allow}")
 

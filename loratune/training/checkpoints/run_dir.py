@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
-from loratune.system.directories import CONFIG, TEMPLATES, Contents, Inputs, is_adapter_file, scan
+from loratune.system.directories import CONFIG, TEMPLATES, Contents, is_adapter_file, scan
 from loratune.system.files import is_directory, is_file, sync
-from loratune.system.output_dir import OutputDirectory
+from loratune.system.output_dir import Inputs, OutputDirectory
 
 CHECKPOINT = "checkpoint-"
 """Prefix of the name of a checkpoint, followed by the step."""
 MANIFEST = "manifest.json"
 """The file that is written last to a checkpoint. It lists the others."""
-PUBLISH_WORSE = "publish it with --resume --allow-worse"
+PUBLISH_WORSE = "publish it with `resume=True` `allow_worse=True`"
 """What can be done with an adapter that does worse than its base."""
 _TEMPORARY = r"(.*/)?\.tmp\w{6}"  # safetensors writes under such a name before it renames the file
 _STEP = rf"(?:unfinished/)?{CHECKPOINT}\d+"
@@ -77,7 +77,7 @@ class RunDirectory(OutputDirectory):
 
     @property
     def overwrite_mark(self) -> Path:
-        """A file that exists if the run was started with --overwrite: then --resume alone may replace the adapter."""
+        """A file that exists if the run was started with `overwrite`: then `resume` alone may replace the adapter."""
         return self.partial / "may_replace"
 
     @property
@@ -99,7 +99,7 @@ class RunDirectory(OutputDirectory):
 
     @property
     def _proceed(self) -> str:
-        return "continue with --resume" if self.is_resumable() else "start again"
+        return "continue with `resume=True`" if self.is_resumable() else "start again"
 
     def _holds_output(self, directory: Path) -> bool:
         return is_file(directory / CONFIG)
@@ -115,22 +115,22 @@ class RunDirectory(OutputDirectory):
         )
 
     def is_resumable(self) -> bool:
-        """Whether there is a checkpoint that was written to its end, so that `--resume` may be suggested."""
+        """Whether there is a checkpoint that was written to its end, so that `resume` may be suggested."""
         return any(is_file(path / MANIFEST) for path in self.checkpoints.glob(f"{CHECKPOINT}*") if is_directory(path))
 
     def _check_places(self, *, resume: bool) -> None:
         super()._check_places(resume=resume)
         if resume and not self.partial.is_dir():
-            what, fix = "there is no interrupted run to resume", "start one without --resume"
+            what, fix = "there is no interrupted run to resume", "start one without `resume=True`"
             raise ResumeError(Problem(Code.RESUME_CHECKPOINT, what, self.display_name, fix=fix))
 
     def _check_state(self, *, resume: bool) -> None:
         super()._check_state(resume=resume)
         if not self.is_kept() or resume or self.overwrite:
             return
-        partial, restart = self.partial.name, "start afresh with --overwrite"
+        partial, restart = self.partial.name, "start afresh with `overwrite=True`"
         code, what = Code.RUN_INTERRUPTED, f"{partial} holds an interrupted run"
-        fix = f"continue it with --resume, or {restart}"
+        fix = f"continue it with `resume=True`, or {restart}"
         if not self.is_resumable():
             what, fix = f"{partial} holds files of an interrupted run, but no whole checkpoint", restart
         elif is_file(self.rejection):

@@ -134,8 +134,6 @@ class _TrainingValues(BaseModel):
 
 def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
     _TrainingValues.model_validate(config.get("training"))
-    if not auto.are_recorded(config):
-        raise ValueError("a key has a value that no run decides")
     return config
 
 
@@ -156,9 +154,11 @@ class CheckpointRecord(BaseModel):
         processes: How many processes the run has.
         sharding: How they shard the weights, see `launcher.sharding`.
         changes: What changed when the run was resumed: at which step, which key, from which value to which.
-        max_minutes: The time budget from which `training.max_steps` was fixed as the run began.
+        decided: Full key → value of all that `auto` and a time budget have decided, see `auto.decided_values`.
+        max_minutes: The time budget by which `training.max_steps` was decided.
         best: The record of the evaluations.
         unreported: The losses of the steps that were not reported yet.
+        divergences: Their divergences from the base, with `retention`.
         seconds: The duration of training.
     """
 
@@ -171,17 +171,27 @@ class CheckpointRecord(BaseModel):
     processes: _Count = 1
     sharding: StrictStr = ""
     changes: Annotated[list[dict[str, Any]], AfterValidator(_checked_changes)]
+    decided: dict[str, Any]
     max_minutes: StrictFloat | None = None
     best: BestRecord | None = None
     unreported: StepLosses | None = None
     divergences: StepLosses | None = None
     seconds: Annotated[float, Field(strict=True, ge=0)] = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_earlier_release(cls, values: Any) -> Any:
+        """A record that does not have what was decided, which then is in its config."""
+        if isinstance(values, dict) and "decided" not in values and isinstance(values.get("config"), dict):
+            return {**values, "decided": auto.recorded_values(values["config"])}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> "CheckpointRecord":
         if None in (self.fingerprints.get("base"), self.fingerprints.get("data")):
             raise ValueError("a fingerprint is missing")
-        if self.max_minutes is not None and self.config["training"].get("max_steps", -1) <= 0:
+        steps = self.decided.get("training.max_steps")
+        if self.max_minutes is not None and not (isinstance(steps, int) and steps > 0):
             raise ValueError("a time budget without steps")
         return self
 
@@ -225,7 +235,7 @@ class Checkpoints:
 
         Args:
             step: The step.
-            progress: Fields of `CheckpointRecord` as of this step.
+            progress: Fields of `CheckpointRecord` at this step.
             is_kept: Whether it becomes a checkpoint; otherwise it is removed as soon as it is whole.
 
         Raises:
@@ -236,7 +246,7 @@ class Checkpoints:
             yield source
             return
         resumable = any(is_file(path / MANIFEST) for path in _newest_first(self.directory))
-        proceed = "continue with --resume" if resumable else "start again"
+        proceed = "continue with `resume=True`" if resumable else "start again"
         for path in (self.directory, self.unfinished, target):
             if kind(path) not in ("", "a directory"):
                 what, fix = f"is {kind(path)} where a checkpoint is to be written", f"move it away, and {proceed}"
@@ -314,7 +324,7 @@ def newest_whole(checkpoints: Path) -> tuple[Path, CheckpointRecord, list[Proble
                 fault = f"it cannot be read: {error}"
             fault = f"{RUN} is damaged: {fault}"
         skipped.append(Problem(Code.RESUME_CHECKPOINT, f"checkpoint skipped: {fault}", str(path)))
-    what, fix = "there is no whole checkpoint to resume from", "start afresh with --overwrite"
+    what, fix = "there is no whole checkpoint to resume from", "start afresh with `overwrite=True`"
     raise ResumeError([*skipped, Problem(Code.RESUME_CHECKPOINT, what, str(checkpoints), fix=fix)])
 
 
@@ -325,7 +335,7 @@ def _check_version(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return
     if reason:
-        fix = "upgrade loratune, or start afresh with --overwrite"
+        fix = "upgrade loratune, or start afresh with `overwrite=True`"
         raise ResumeError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix=fix))
 
 

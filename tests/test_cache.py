@@ -1,17 +1,23 @@
-"""Results of checks in the cache directory: replaced as a whole, never another's, never of the wrong type."""
+"""The cache: entries are replaced as a whole, are never those of somebody else or of another key, and do not pile up.
+
+The tests are of results of checks; those of other kinds are in test_token_cache.py and test_library.py."""
 
 import errno
 import os
+import resource
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
 import pytest
 
-from loratune.system import kept_results
-from loratune.system.kept_results import REFUSAL, KeptResults, keeping_in
+from loratune.compare.base_results import NUMBERS
+from loratune.system import cache
+from loratune.system.cache import REFUSAL, KeptResults, keeping_in
 
 HEX = "0123456789abcdef" * 4
 
@@ -48,22 +54,22 @@ def test_only_own_old_files_are_removed(name: str, kept: Path) -> None:
     kept.mkdir(mode=0o700)
     NAMES[name](kept / name)
     os.utime(kept / name, (1, 1), follow_symlinks=False)
-    for own in (f"{'1' * 64}.json", f"{'2' * 64}.json.{HEX[:32]}"):
+    for own in (f"{'1' * 64}.json", f".{'2' * 64}.json.{HEX[:12]}.unfinished"):
         (kept / own).touch()
         os.utime(kept / own, (1, 1))
     assert KeptResults("a").store({"a": 1}) == "" and KeptResults("a").load() == {"a": 1}
     assert len([*kept.iterdir()]) == 2 and os.path.lexists(kept / name)
 
 
-def test_old_files_in_the_place_of_a_linked_cache_are_removed_by_name_only(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "other" / "results").mkdir(parents=True)
-    (own := tmp_path / "other" / "results" / "run1.json").write_text("1")
-    os.utime(own, (1, 1))
-    (tmp_path / "link").symlink_to(tmp_path / "other")
-    monkeypatch.setattr(kept_results, "directory", lambda: tmp_path / "link" / "results")
-    assert KeptResults("a").store({"a": 1}) == "" and own.exists()
+def test_the_least_recently_used_of_too_many_are_removed(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "RESULTS", replace(cache.RESULTS, most=2))
+    now = time.time()
+    for number, name in enumerate("abc"):
+        KeptResults(name).store({name: 1})
+        os.utime(kept / f"{KeptResults(name).key}.json", (now - 100 + number, now - 100 + number))
+    assert KeptResults("a").load() == {"a": 1}  # which is a use
+    KeptResults("d").store({"d": 1})
+    assert [name for name in "abcd" if KeptResults(name).load()] == ["a", "c", "d"]
 
 
 def test_results_on_a_read_only_file_system_are_used(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,19 +106,11 @@ def test_a_link_in_the_place_of_results_is_replaced(kept: Path, tmp_path: Path) 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a digit of a value": lambda content: content.replace(b"2:a5", b"2:a7"),
-    "a lone surrogate": lambda content: content.replace(b"2:a5", rb"2:\ud800"),
     "a name": lambda content: content.replace(b"print", b"prinz"),
-    "the digest": lambda content: content.replace(b'"sha256": "', b'"sha256": "0')[:-3] + b'"}',
-    "no digest": lambda content: content[: content.index(b', "sha256"')] + b"}",
-    "results alone": lambda content: b'{"fingerprint": "2:a5"}',
+    "no digest": lambda content: b'{"fingerprint": "2:a5"}',
     "cut": lambda content: content[:-1],
     "a byte more": lambda content: content + b" ",
-    "another key twice": lambda content: content.replace(b'{"results"', b'{"results": {}, "results"'),
-    "a list": lambda content: b"[" + content + b"]",
-    "a number": lambda content: b"1",
-    "no object": lambda content: content.replace(b'{"fingerprint": "2:a5"}', b"null"),
-    "deep": lambda content: b"[" * 100_000,
-    "bytes": lambda content: b"\xff" + content,
+    "a digest alone": lambda content: content[-32:],
     "empty": lambda content: b"",
 }
 
@@ -129,6 +127,26 @@ def test_a_damaged_file_is_not_kept(damage: str, kept: Path) -> None:
     assert results.once("fingerprint", str, lambda: "2:a5") == "2:a5" and path.read_bytes() == content
 
 
+def test_a_named_pipe_does_not_block(kept: Path) -> None:
+    KeptResults("a").store({"a": 1})
+    (path,) = kept.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    assert KeptResults("a").load() == {} and KeptResults("a").store({"a": 1}) == "" and path.is_file()
+
+
+def test_numbers_that_cannot_be_written_leave_no_files(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with keeping_in(tmp_path / "numbers"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            assert NUMBERS.write(HEX, bytes(8192)) == "File too large"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [*(tmp_path / "numbers").iterdir()] == [] and NUMBERS.read(HEX) is None
+        assert NUMBERS.write(HEX, bytes(8192)) == "" and NUMBERS.read(HEX) == bytes(8192)
+
+
 def test_results_of_something_else_are_not_kept(kept: Path) -> None:
     KeptResults("a").store({"a": 1})
     (path,) = kept.iterdir()
@@ -138,24 +156,39 @@ def test_results_of_something_else_are_not_kept(kept: Path) -> None:
     assert KeptResults("b").load() == {} and KeptResults("a").load() == {"a": 1}
 
 
-@pytest.mark.parametrize("place", ["results", "loratune"])
-@pytest.mark.parametrize("problem", ["belongs to another user", "can be written to by others"])
-def test_nothing_is_kept_where_another_user_can_write(
-    problem: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also in the directory above, in which they could put another one in its place; compiled code is refused there."""
-    folder = tmp_path / "loratune" / "results"
-    monkeypatch.setattr(kept_results, "directory", lambda: folder)
-    results, changed = KeptResults("a"), folder if place == "results" else folder.parent
+@pytest.mark.parametrize("place", ["directory", "file"])
+@pytest.mark.parametrize("problem", ["belongs to another user", "can be written to by others", "is a link"])
+def test_what_others_could_have_written_is_not_used(problem: str, place: str, kept: Path, tmp_path: Path) -> None:
+    results = KeptResults("a")
     assert results.store({"a": 1}) == "" and results.load() == {"a": 1}
-    if problem.startswith("can"):
+    changed = kept if place == "directory" else next(kept.iterdir())
+    if problem == "is a link":
+        changed.rename(tmp_path / "moved")
+        changed.symlink_to(tmp_path / "moved")
+    elif problem.startswith("can"):
         changed.chmod(0o777)
     elif os.geteuid() == 0:
         os.chown(changed, 4242, -1)
     else:
         pytest.skip("only root can give a directory to another user")
-    assert results.load() == {} and results.store({"a": 2}) == f"{changed} {problem}"
-    assert results.once("a", int, lambda: 3) == 3
+    assert results.load() == {}
+    assert results.store({"a": 2}) == (f"{changed} {problem}" if place == "directory" else "")
+    assert results.once("a", int, lambda: 3) == (3 if place == "directory" else 2)
+
+
+@pytest.mark.parametrize("variable", ["/elsewhere", "relative", ""])
+def test_the_cache_is_where_xdg_says(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    expected = Path(variable) if variable == "/elsewhere" else Path.home() / ".cache"
+    assert cache.cache_directory() == expected / "loratune"
+
+
+def test_without_a_home_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache, "RESULTS", replace(cache.RESULTS, place=missing))
+    assert KeptResults("a").store({"a": 1}) == "Could not determine home directory." and KeptResults("a").load() == {}
 
 
 TYPES: list[tuple[type | UnionType, Any, tuple[Any, ...]]] = [
