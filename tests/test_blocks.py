@@ -502,8 +502,8 @@ def test_documents_next_to_a_file_that_holds_no_rows(
     assert "docs/*.md, or data.sample_by: document, reads them alone" in ran.err
     ran = cli("init", "docs", "--model", tiny_dir, "--set", "data.sample_by=document")
     assert ran.code == 0, ran.err
-    assert "3 files: docs/a.md (text, 1 row), docs/b.md (text, 1 row), docs/c.py (text, 1 row)" in ran.err
-    assert "1 file without rows: docs/empty.md" in ran.err and "not read: package.json" in ran.err
+    assert "rows     3: texts" in ran.out
+    assert "1 file without rows: docs/empty.md" in ran.out and "not read: package.json" in ran.out
     ran = cli("train", "config.yaml", "--set", "data.sample_by=auto", "--dry-run")
     assert ran.code == 4 and "docs/*.md, or data.sample_by: document, reads them alone" in ran.err
 
