@@ -5,7 +5,7 @@
     python scripts/gpu_dry.py liger                     # only Liger's kernels; needs liger-kernel and torch for CUDA
 
 Tensors have shapes and devices (`cuda:0`), but no data. Torch's autograd engine needs a real device, so the backward
-pass calls one function after the other. For every family with layers in `checked_layers.json`, the accelerated model
+pass calls one function after the other. For every family with accelerated layers, the accelerated model
 in bfloat16, the loss and its gradient, the check of both, the optimizer and the scores of an evaluation run; for Llama,
 all kinds of batches, objectives and quantizations.
 

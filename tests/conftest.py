@@ -34,7 +34,7 @@ from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
 from loratune.memory import activations
-from loratune.system.cache import RESULTS
+from loratune.system.cache import LAYERS, RESULTS
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.
@@ -196,6 +196,15 @@ def _no_kept_results_at_first(tmp_path_factory: pytest.TempPathFactory) -> Itera
     path = tmp_path_factory.mktemp("results") / "kept"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loratune.system.cache.RESULTS", replace(RESULTS, place=lambda: path))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found of the layers of families depends on their code alone, and is kept for all tests of a session."""
+    path = once(tmp_path_factory, "layers", lambda folder: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loratune.system.cache.LAYERS", replace(LAYERS, place=lambda: path))
         yield
 
 

@@ -29,6 +29,7 @@ from loratune.kernels import acceleration, gpu, lora_linear, upstream
 from loratune.kernels.layout import PerBatch
 from loratune.kernels.loss import LossHead, Scaling
 from loratune.kernels.parity_check import ParityCheck, relative_rms
+from loratune.kernels.recognition import recognize
 from loratune.kernels.transfer import on_host, send, to_device
 from loratune.lora import attach
 from loratune.system import accelerator
@@ -216,7 +217,8 @@ def test_other_attention_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> N
     base.set_attn_implementation("flex_attention")
     model: Any = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     monkeypatch.setattr(gpu, "ParityCheck", lambda base: SimpleNamespace(runs=True, passes=lambda: True))
-    steps, fallbacks = gpu.replace(model.get_base_model(), attach.adapted_linear, [])
+    known = recognize(model.get_base_model(), attach.adapted_linear, None)
+    steps, fallbacks = gpu.replace(model.get_base_model(), attach.adapted_linear, [], known)
     assert fallbacks == {"attention": "model.attn_implementation is flex_attention"} and len(steps) == 2
 
 

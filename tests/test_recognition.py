@@ -1,28 +1,30 @@
-"""Which layers the kernels may replace, by class source, switches, and the masks of the model."""
+"""Which layers the kernels may replace: those that compute the same, by comparison and by their code."""
 
-import importlib
-import json
+import importlib.util
+import re
+import sys
+import types
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from check_layers import Findings
+from conftest import Ran, tiny_llama
 from families import FAMILIES, build, small
 from peft import LoraConfig, get_peft_model
+from running import Cli, MakeConfig
 from torch import nn
 from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaMLP, LlamaRMSNorm
 
 from loratune import kernels
-from loratune.kernels import masks, recognition, rowwise
+from loratune.kernels import acceleration, layer_source, masks, recognition, rowwise
 from loratune.kernels.gpu import RowAttention
-from loratune.kernels.recognition import LIST, Layer, form_of, source_digest
+from loratune.kernels.layer_source import NotReadableError
+from loratune.kernels.recognition import Recognized
 from loratune.kernels.replacements import FastAttention
 from loratune.lora import attach
 
@@ -31,109 +33,98 @@ def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=2, **changes)
 
 
-# Classes
+def recognized(base: Any) -> dict[str, Recognized]:
+    """Path of each layer with the structure of a replacement → what is known of it."""
+    base.requires_grad_(False)
+    found = recognition.recognize(base, attach.adapted_linear, masks.survey(base))
+    return {name: found[module] for name, module in base.named_modules() if module in found}
 
 
-def test_llama_layers_are_recognized() -> None:
-    assert form_of(LlamaAttention(config(), 0)) == "attention"
-    assert form_of(LlamaMLP(config())) == "gated"
-    assert form_of(LlamaRMSNorm(64)) == "norm"
+def of_llama(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config(**changes))
 
 
-# Releases of transformers
+# Layers as they are
 
-ADD = f"run `python scripts/check_layers.py --add` with transformers {transformers.__version__}"
-NOT_BUILT = {"CpmAntLayerNorm", "xLSTMRMSNorm", "Zamba2Attention"}
-"""Classes that no family has by default with the switches of the list."""
-CHANGED: dict[str, str] = {"transformers.models.zamba2.modeling_zamba2.Zamba2Attention": "5.25.0"}
-"""Name of a class of the list → the release that changed it so that no kernel computes the same, or that has it no
-more."""
+NORMS = ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"]
 
 
-def listed() -> dict[str, Any]:
-    return {
-        name: entries
-        for name, entries in json.loads(LIST.read_text(encoding="utf-8"))["layers"].items()
-        if name not in CHANGED
-    }
+def test_layers_of_llama_are_recognized() -> None:
+    base = of_llama()
+    own = base.config._attn_implementation
+    found = {name: one.form for name, one in recognized(base).items()}
+    assert found["model.layers.1.self_attn"] == "attention" and found["model.layers.1.mlp"] == "gated"
+    assert found["model.norm"] == "norm" and len(found) == 2 * 4 + 1
+    assert base.config._attn_implementation == own
 
 
-def digest_of(name: str) -> str:
-    """The digest of a class in the installed release; empty if there is no such class."""
-    place, _, kind = name.rpartition(".")
-    try:
-        return source_digest(getattr(importlib.import_module(place), kind))
-    except (ImportError, AttributeError):
-        return ""
+ACCELERATED = {
+    "qwen3": {"attention", "gated", "norm"},
+    "gemma3_text": {"attention whose norms add 1", "gated by GELU", "norm that adds 1"},
+    "smollm3": {"attention", "attention without positions", "gated", "norm"},
+    "qwen3_moe": {"attention", "experts", "norm"},
+    "phi3": {"attention", "gated", "norm"},  # with joined projections
+    "cohere2": {"attention without positions", "gated"},
+}
 
 
-def is_known(name: str, entries: dict[str, Any]) -> bool:
-    """Whether a class and the classes of its children are in the installed release as they are in the list."""
-    classes = [
-        [child.split() for child in entry["switches"]["children"].values() if " " in child]
-        for entry in entries.get(digest_of(name), [])
-    ]
-    return any(all(digest_of(child) == digest for child, digest in children) for children in classes)
-
-
-def test_acceleration_covers_the_installed_transformers() -> None:
-    """A class that a release changes keeps its own forward, until it was compared with the kernels again."""
-    unknown = [f"{name} ({form_in(entries)})" for name, entries in listed().items() if not is_known(name, entries)]
-    assert unknown == [], f"not accelerated any more; {ADD}"
-
-
-def form_in(entries: dict[str, Any]) -> str:
-    return str(next(iter(entries.values()))[0]["form"])
+@pytest.mark.parametrize("model_type", ACCELERATED)
+def test_forms_of_families(model_type: str) -> None:
+    found = recognized(small(model_type)).values()
+    assert {one.form for one in found if one.form} == ACCELERATED[model_type]
 
 
 @pytest.mark.slow
-def test_all_families_have_the_layers_that_are_accelerated() -> None:
-    """A release may also change what a configuration sets, or move a family to other classes."""
-    recognized = set()
+def test_most_families_have_accelerated_layers() -> None:
+    """Counted with transformers 5.25; a release that loses many has changed something that all of them share."""
+    forms = {"norm": 0, "gated": 0, "attention": 0, "experts": 0}
     for model_type in FAMILIES:
-        kinds = {type(module): module for module in build(model_type).modules() if form_of(module) is not None}
-        recognized |= {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
-    lost = [name for name in listed() if name not in recognized and name.rpartition(".")[2] not in NOT_BUILT]
-    assert lost == [], f"not accelerated any more; {ADD}"
+        found = {one.form.partition(" ")[0] for one in recognized(build(model_type)).values() if one.form}
+        for form in found:
+            forms[form] += 1
+    least = {"norm": 100, "gated": 80, "attention": 50, "experts": 40}
+    assert all(forms[form] >= count for form, count in least.items()), forms
 
 
-def test_a_class_or_child_that_has_changed_is_detected() -> None:
-    name, known = "transformers.models.llama.modeling_llama.LlamaMLP", listed()
-    assert is_known(name, known[name]) and not is_known(name, {"0" * 16: known[name][digest_of(name)]})
-    other = json.loads(json.dumps(known[name]).replace("SiLUActivation ", "SiLUActivation 0"))
-    assert not is_known(name, other) and not is_known(f"{name}OfAnotherName", known[name])
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "gelu"}, {"hidden_act": "relu"}, {"hidden_act": "gelu_pytorch_tanh"}], ids=str
+)
+def test_activations(changes: dict[str, Any]) -> None:
+    expected = "gated by GELU" if changes["hidden_act"] == "gelu_pytorch_tanh" else ""
+    assert recognized(of_llama(**changes))["model.layers.0.mlp"].form == expected
 
 
-def test_another_release_is_added_to_the_list() -> None:
-    """What is known of other releases stays, but for a layer that was compared again with another result."""
-    known = dict(recognition.checked())
-    digests = {layer.name: {one.digest for one in known if one.name == layer.name} for layer in known}
-    mlp, norm, attention = (
-        next(layer for layer in known if layer.name.endswith(f".Llama{kind}"))
-        for kind in ("MLP", "RMSNorm", "Attention")
-    )
-    changed, wrong = replace(mlp, digest="0" * 16), replace(norm, digest="0" * 16)
-    verdicts = {changed: {"gated": True}, wrong: {"norm": False}, attention: {"attention": False}}
-    findings = Findings(verdicts)
-    added = findings.listed(known, ["5.100.0", "5.24.0"])
-    assert added["checked_with"] == {"transformers": ["5.24.0", "5.100.0"]}
-    assert {*added["layers"][mlp.name]} == {*digests[mlp.name], changed.digest}
-    assert {*added["layers"][norm.name]} == digests[norm.name]
-    assert {*added["layers"].get(attention.name, [])} == digests[attention.name] - {attention.digest}
-    assert {one.name for one in known} - {*added["layers"]} <= {attention.name}
-    assert findings.lost(known) == sorted([norm.name, attention.name])
+def test_settings_that_shapes_and_biases_have_no_part_in() -> None:
+    changes = {"num_key_value_heads": 2, "max_position_embeddings": 77, "rms_norm_eps": 0.1, "attention_bias": True}
+    assert recognized(of_llama(**changes))["model.layers.1.self_attn"].form == "attention"
 
 
-class Patched(LlamaRMSNorm):
-    """An unchanged subclass."""
+def test_dropout_of_a_layer_is_found() -> None:
+    assert recognized(of_llama(attention_dropout=0.1)).get("model.layers.0.self_attn", Recognized()).form == ""
 
 
-class Doubled(LlamaAttention):
-    """A subclass in another file with a changed forward."""
+@pytest.mark.parametrize(
+    ("norm", "form"), [(nn.RMSNorm(64, eps=1e-6), "norm"), (nn.LayerNorm(64), "")], ids=["rms", "layer"]
+)
+def test_norms_of_torch(norm: nn.Module, form: str) -> None:
+    base = of_llama()
+    base.model.norm = norm
+    assert recognized(base).get("model.norm", Recognized()).form == form
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        states, weights = super().forward(*inputs, **keywords)
-        return 2 * states, weights
+
+def test_tensors_without_data_are_enough() -> None:
+    """As for an estimate of memory: the compared layers have random weights of the same shapes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = of_llama()
+    assert {name: one.form for name, one in recognized(base).items()} == {
+        name: one.form for name, one in recognized(of_llama()).items()
+    }
+
+
+# Layers that something was done to
 
 
 def own_forward(norm: nn.Module) -> None:
@@ -153,115 +144,247 @@ def with_a_buffer(norm: nn.Module) -> None:
 
 
 def with_a_child(norm: nn.Module) -> None:
-    norm.add_module("dropout", nn.Dropout(0.1))
+    norm.add_module("dropout", nn.Linear(1, 1))
 
 
-def with_a_switch(norm: nn.Module) -> None:
-    norm.clip = 3.0  # type: ignore[assignment]
+def of_a_subclass(norm: nn.Module) -> None:
+    norm.__class__ = Doubled
 
 
-@pytest.mark.parametrize("change", [own_forward, hooked, gated_before, with_a_buffer, with_a_child, with_a_switch])
+class Doubled(LlamaRMSNorm):
+    """A class in another file."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("change", [own_forward, hooked, gated_before, with_a_buffer, with_a_child, of_a_subclass])
 def test_changed_norm_is_not_recognized(change: Callable[[nn.Module], None]) -> None:
-    norm = LlamaRMSNorm(64)
-    change(norm)
-    assert form_of(norm) is None
+    base = of_llama()
+    change(base.model.layers[0].input_layernorm)
+    found = recognized(base)
+    assert found.get(NORMS[0], Recognized()).form == "" and found[NORMS[1]].form == "norm"
 
 
 def test_changed_class_is_not_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other libraries patch classes to use their own kernels."""
-    assert form_of(Patched(64)) is None and form_of(Doubled(config(), 0)) is None
-    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 2 * x)
-    assert form_of(LlamaRMSNorm(64)) is None
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, hidden_states: 2 * hidden_states)
+    assert recognized(of_llama())[NORMS[0]] == Recognized(reason="was changed by another library")
 
 
-@pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"is_causal": False}, {"clip": 3.0}], ids=str)
-def test_changed_switch_is_not_recognized(changes: dict[str, Any]) -> None:
-    layer = LlamaAttention(config(), 0)
-    for name, value in changes.items():
-        setattr(layer, name, value)
-    assert form_of(layer) is None
+# Releases of transformers
 
 
-def test_shapes_and_biases_do_not_affect_recognition() -> None:
-    changes = {"num_key_value_heads": 2, "max_position_embeddings": 77, "rms_norm_eps": 0.1, "attention_bias": True}
-    assert form_of(LlamaAttention(config(**changes), 1)) == "attention"
+def edited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *changes: tuple[str, str]) -> types.ModuleType:
+    """Llama of another release, whose file has these changes; transformers loads models of it from now on."""
+    source, name = Path(str(modeling_llama.__file__)).read_text(encoding="utf-8"), modeling_llama.__name__
+    for old, new in changes:
+        assert old in source, old
+        source = source.replace(old, new)
+    path = tmp_path / "modeling_llama.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    for package in (transformers, transformers.models.llama):  # These take it from the module when it is first used.
+        monkeypatch.setattr(package, "LlamaForCausalLM", modeling_llama.LlamaForCausalLM)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    for package in (transformers, transformers.models.llama):
+        monkeypatch.setattr(package, "LlamaForCausalLM", module.LlamaForCausalLM)
+    return module
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_pytorch_tanh"])
-def test_other_activations_are_not_recognized(activation: str) -> None:
-    assert form_of(LlamaMLP(config(hidden_act=activation))) is None
+GATE = "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+RETURN = "return self.weight * hidden_states.to(input_dtype)"
+UPCAST = "hidden_states = hidden_states.to(torch.float32)"
+OUT = "attn_output = self.o_proj(attn_output)"
+SCORES = "attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling"
+MLP, ATTENTION, NORM = "feed-forward layers", "attention", "norms"
+REFUSED: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "a clamp": (MLP, [(GATE, GATE + ".clamp(-40, 40)")]),
+    "a clamp of values": (ATTENTION, [(OUT, "attn_output = attn_output.clip(-40.0, 40.0)\n        " + OUT)]),
+    "a clamp by a helper": (
+        MLP, [("class LlamaMLP", "def limited(x):\n    return torch.clamp(x, max=1e4)\n\n\nclass LlamaMLP"),
+              (GATE, GATE + "\n        down_proj = limited(down_proj)")],
+    ),
+    "a scale": (MLP, [(GATE, GATE + " * 1.02")]),
+    "a scale of a norm": (NORM, [(RETURN, RETURN + " * 1.02")]),
+    "dropout in training": (MLP, [(GATE, GATE.replace("self.down_proj(", "nn.functional.dropout(", 1)[:-1]
+                                   + ", 0.1, self.training)\n        down_proj = self.down_proj(down_proj)")]),
+    "a soft cap": (ATTENTION, [(SCORES, SCORES + "\n    attn_weights = 50 * torch.tanh(attn_weights / 50)")]),
+    "a soft cap of an output": (MLP, [(GATE, GATE + "\n        down_proj = 30 * torch.tanh(down_proj / 30)")]),
+    "another epsilon": (NORM, [("variance + self.variance_epsilon", "variance + 1e-3")]),
+    "a branch on the length": (
+        MLP, [(GATE, GATE + "\n        if x.shape[1] > 4096:\n            down_proj = 2 * down_proj")],
+    ),
+    "a branch on a length with a name": (
+        ATTENTION,
+        [(OUT, OUT + "\n        length = input_shape[-1]\n        attn_output = attn_output * (1 + (length == 9))")],
+    ),
+    "a branch on the number of the layer": (
+        ATTENTION, [(OUT, OUT + "\n        if self.layer_idx == 1:\n            attn_output = 2 * attn_output")],
+    ),
+    "float32 left out in a norm": (NORM, [(UPCAST, "pass")]),
+    "an extra term that is zero at first": (
+        MLP,
+        [("self.act_fn = ACT2FN", "self.extra = nn.Linear(config.hidden_size, 1)\n        self.act_fn = ACT2FN"),
+         (GATE, GATE + " + torch.tanh(self.extra(x)) * 0.0 * self.extra.weight.abs().sum()")],
+    ),
+    "a weight that is zero at first": (
+        NORM, [("self.variance_epsilon = eps", "self.variance_epsilon = eps\n"
+                "        self.shift = nn.Parameter(torch.zeros(hidden_size))"),
+               (RETURN, RETURN + " + self.shift")],
+    ),
+    "distant positions": (
+        ATTENTION,
+        [(OUT, OUT + "\n        attn_output = attn_output * (1 + (kwargs['position_ids'].float().max() // 5000))")],
+    ),
+    "a part of long rows": (MLP, [(GATE, GATE + "\n        down_proj = down_proj[:, :4096]")]),
+    "a state": (MLP, [(GATE, GATE + "\n        self.calls = getattr(self, 'calls', 0) + 1")]),
+    "chance": (MLP, [(GATE, GATE + " * (1 + 1e-3 * torch.rand(1).item())")]),
+    "the clock": (MLP, [("import torch\n", "import time\n\nimport torch\n"), (GATE, GATE + " * (time.time() > 0)")]),
+    "a wrapper": (
+        NORM,
+        [("import torch\n", "from functools import wraps\n\nimport torch\n\n\n"
+          "def limited(forward):\n    @wraps(forward)\n"
+          "    def wrapper(self, x):\n        return forward(self, x) * (1 + (x.shape[1] > 5000))\n\n"
+          "    return wrapper\n\n\n"),
+         ("    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:\n        input_dtype",
+          "    @limited\n    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:\n        input_dtype")],
+    ),
+    "a limit in a constant": (
+        MLP, [("class LlamaMLP", "LIMIT = 5000.0\n\n\nclass LlamaMLP"),
+              (GATE, GATE + "\n        down_proj = down_proj * torch.sigmoid(LIMIT - x.sum(-1, keepdim=True))")],
+    ),
+}  # fmt: skip
+"""Kind of layers → changes of the file of Llama after which they compute something else."""
 
 
-def test_torch_norms_are_not_recognized() -> None:
-    assert Layer.of(nn.LayerNorm(8)) is None and Layer.of(nn.RMSNorm(8)) is None
+def tried(
+    cli: Cli, run_config: MakeConfig, base: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> tuple[Ran, set[str]]:
+    """A run that ends before its first step, and the kinds of layers that it would accelerate in all of its layers."""
+    found = list[kernels.Acceleration]()
+    accelerate = kernels.accelerate
+
+    def watched(*given: Any, **named: Any) -> kernels.Acceleration:
+        found.append(accelerate(*given, **named))
+        return found[-1]
+
+    monkeypatch.setattr(kernels, "accelerate", watched)
+    path = run_config(model={"name_or_path": str(base), "dtype": dtype}, data={"max_length": 64})
+    ran = cli("train", path, "--dry-run")
+    assert ran.code == 0, ran.err
+    steps = (getattr(step, "__self__", None) for step in found[0].steps)
+    return ran, {step.name for step in steps if isinstance(step, acceleration._Kind) and step.layers}
 
 
-# Sources
-
-SOURCE = '''
-import torch
-from torch import nn
-LIMIT = 3.0
-def helper(x):
-    return x.clamp(max=2)
-class Base(nn.Module):
-    def shifted(self, x):
-        return x + 1
-class Layer(Base):
-    """Text."""
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # a comment
-        return self.shifted(helper(x)) * LIMIT
-'''
-SAME = {
-    "a comment": ("# a comment", "# another"),
-    "a docstring": ('"""Text."""', '"""Other text."""'),
-    "annotations": ("x: torch.Tensor) -> torch.Tensor", "x)"),
-    "layout": ("x.clamp(max=2)", "x.clamp(\n        max=2,\n    )"),
-    "what it does not call": ("class Base", "def other():\n    return 1\nclass Base"),
-}
-OTHER = {
-    "a method": ("helper(x)) * LIMIT", "helper(x)) / LIMIT"),
-    "a base": ("x + 1", "x + 2"),
-    "a helper": ("max=2", "max=4"),
-    "a constant": ("LIMIT = 3.0", "LIMIT = 3.5"),
-    "a decorator": ("    def forward", "    @torch.no_grad()\n    def forward"),
-    "a default": ("self, x: torch.Tensor)", "self, x: torch.Tensor = None)"),
-}
+def saved(module: types.ModuleType, tokenizer: Any, path: Path) -> Path:
+    """A base of this release of Llama."""
+    base = module.LlamaForCausalLM(tiny_llama().config)
+    base.load_state_dict(tiny_llama().state_dict(), strict=False)
+    base.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type]:
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_layer_that_computes_something_else_is_computed_by_transformers(
+    name: str, cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any,
+    untraced: None,
+) -> None:  # fmt: skip
+    kind, changes = REFUSED[name]
+    base = saved(edited(monkeypatch, tmp_path, *changes), tokenizer, tmp_path / "base")
+    ran, replaced = tried(cli, run_config, base, monkeypatch, "bfloat16" if "float32" in name else "float32")
+    assert kind not in replaced
+    if kind != ATTENTION:  # whose layers call the attention function of the kernels all the same, row by row
+        assert re.search(rf"not accelerated, but computed by PyTorch: .*{kind}.*: Llama", ran.out + ran.err)
 
-    def loaded(text: str) -> type:
-        name = f"{tmp_path.name}_{len(list(tmp_path.glob('*.py')))}"
-        (tmp_path / f"{name}.py").write_text(text)
-        importlib.invalidate_caches()
-        module: ModuleType = importlib.import_module(name)
-        kind: type = module.Layer
-        return kind
 
-    return loaded
+SAME: dict[str, list[tuple[str, str]]] = {
+    "as it is": [],
+    "a comment and other names": [
+        (GATE, "# as before\n        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)\n"
+         "        down_proj = self.down_proj(inner)"),
+    ],
+    "a helper that moved": [
+        ("class LlamaMLP", "def scores_of(query, key):\n    return torch.matmul(query, key.transpose(2, 3))\n\n\n"
+         "class LlamaMLP"),
+        (SCORES, "attn_weights = scores_of(query, key_states) * scaling"),
+    ],
+    "an argument with a default": [
+        ("def forward(self, x):", "def forward(self, x, chunk_size=None):"),
+        (GATE, GATE + "\n        if chunk_size is not None:\n            down_proj = down_proj[:chunk_size]"),
+    ],
+    "another decorator": [
+        ("import torch\n", "from functools import wraps\n\nimport torch\n\n\n"
+         "def renamed(forward):\n    @wraps(forward)\n"
+         "    def wrapper(self, *args, **kwargs):\n        return forward(self, *args, **kwargs)\n\n"
+         "    return wrapper\n\n\n"),
+        ("    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:\n        input_dtype",
+         "    @renamed\n    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:\n        input_dtype"),
+    ],
+    "an option that is off": [
+        ("self.act_fn = ACT2FN", "self.limit = getattr(config, 'limit', None)\n        self.act_fn = ACT2FN"),
+        (GATE, GATE + "\n        if self.limit is not None:\n            down_proj = down_proj.clamp(max=self.limit)"),
+    ],
+}  # fmt: skip
+"""Changes of the file of Llama after which it computes the same."""
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_digest_ignores_changes_without_numerical_effect(name: str, load: Callable[[str], type]) -> None:
-    assert source_digest(load(SOURCE.replace(*SAME[name]))) == source_digest(load(SOURCE))
+def test_a_layer_that_computes_the_same_is_accelerated(
+    name: str, cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any,
+    untraced: None,
+) -> None:  # fmt: skip
+    base = saved(edited(monkeypatch, tmp_path, *SAME[name]), tokenizer, tmp_path / "base")
+    ran, replaced = tried(cli, run_config, base, monkeypatch, "float32")
+    assert {MLP, ATTENTION, NORM} <= replaced, ran
+    assert "not accelerated" not in ran.out + ran.err
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_digest_reflects_changes_with_numerical_effect(name: str, load: Callable[[str], type]) -> None:
-    assert SOURCE.replace(*OTHER[name]) != SOURCE
-    assert source_digest(load(SOURCE.replace(*OTHER[name]))) != source_digest(load(SOURCE))
+# Code
 
 
-def test_digest_includes_helper_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotations are functions outside the class, but part of the digest of Llama's attention."""
-    tree = modeling_llama.__file__
-    assert tree and "rotate_half" in Path(tree).read_text(encoding="utf-8")
-    names = {node.name for node in recognition._trees(LlamaAttention) if hasattr(node, "name")}
-    assert {"LlamaAttention", "apply_rotary_pos_emb", "rotate_half"} <= names
+def test_the_code_of_helpers_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotations are functions outside the class."""
+    texts = list[str]()
+    dumped = layer_source._bare
+    monkeypatch.setattr(layer_source, "_bare", lambda node: texts.append(node.name) or dumped(node))
+    layer_source.read(LlamaAttention(config(), 0))
+    assert {"forward", "apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward"} <= {*texts}
+
+
+def test_a_result_is_kept_for_the_code_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = list[str]()
+    compare = recognition._compare
+
+    def counted(subject: Any, reader: Any) -> Any:
+        compared.append(type(subject.module).__name__)
+        return compare(subject, reader)
+
+    monkeypatch.setattr(recognition, "_compare", counted)
+    kinds = recognition.cache.LAYERS
+    monkeypatch.setattr("loratune.system.cache.LAYERS", recognition.replace(kinds, place=lambda: tmp_path / "layers"))
+    recognized(of_llama())
+    assert sorted(compared) == ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+    recognized(of_llama())
+    assert len(compared) == 3
+    recognized(of_llama(mlp_bias=True))
+    assert len(compared) == 6  # The settings of a model are part of what is known.
+    edited(monkeypatch, tmp_path, (GATE, GATE + " * 1.02"))
+    base = sys.modules[modeling_llama.__name__].LlamaForCausalLM(config())
+    assert recognized(base)["model.layers.0.mlp"].reason == "computes something else than its kernel"
+
+
+def test_code_without_a_source_is_refused() -> None:
+    space: dict[str, Any] = {"LlamaMLP": LlamaMLP}
+    exec("class Made(LlamaMLP):\n    def forward(self, x):\n        return x", space)
+    kind = space["Made"]
+    kind.__module__ = LlamaMLP.__module__
+    with pytest.raises(NotReadableError, match="changed by another library"):
+        layer_source.read(kind(config()))
 
 
 # Masks

@@ -1,8 +1,9 @@
 """Selects the layers of a model that kernels replace during training, if the results are the same.
 
-There are two safeguards. The class of a layer must be in the list of classes that were compared with their replacement
-(`recognition`), and the attention pattern of a layer is read from the model's own mask (`masks`). Then the whole model
-must still compute the same, forward and backward (`parity_check`).
+One safeguard decides, in three steps, before the first step of a run. A layer must compute the same as its replacement
+(`recognition`), with the attention pattern that is read from the model's own mask (`masks`). Then the whole model must
+compute the same, forward and backward (`parity_check`), and so it must for rows that are packed, padded or share
+prefixes (`data.batch_check`, `tree_refusal`). What fails is computed by transformers; `Acceleration.notes` says why.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,18 +24,11 @@ from loratune.kernels.loss import LossHead, Scaling, computes_loss, output_layer
 from loratune.kernels.masks import AttentionSpec, AttentionSurvey
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees, kept_checks
 from loratune.kernels.predictions import TeacherTargets
-from loratune.kernels.recognition import form_of
+from loratune.kernels.recognition import ATTENTION, EXPERTS, GATED, NORM, UNKNOWN, Recognized, recognize
 from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
 from loratune.system.cache import NOTHING_KEPT, REFUSAL, KeptResults
 
-ATTENTION: dict[str, dict[str, Any]] = {
-    "attention": {}, "attention without positions": {"rotary": False}, "attention whose norms add 1": {"added": 1.0},
-}  # fmt: skip
-GATED: dict[str, dict[str, Any]] = {"gated": {}, "gated by GELU": {"activation": reference.GELU}}
-EXPERTS: dict[str, dict[str, Any]] = {"experts": {}, "experts gated by GELU": {"activation": reference.GELU}}
-NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0}}
-"""Form of a replacement, as named in the list of checked layers → keyword arguments of its factory."""
 ALL_LAYERS = "all layers"
 """The kind in `fallbacks` if no layer may be replaced."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
@@ -117,8 +111,10 @@ def accelerate(
     with _restored(model.get_base_model()) as (base, replaced):
         checks, is_cpu = kept_checks(model, fingerprint and f"{fingerprint} {trees}"), base.device.type == "cpu"
         survey = masks.survey(base) if is_cpu else AttentionSurvey()
+        recognized = recognize(base, reader, survey if is_cpu else None)
         on_cpu = partial(_replace, survey=survey, checks=checks)
-        steps, fallbacks = (on_cpu if is_cpu else partial(gpu.replace, trees=trees))(base, reader, replaced)
+        replace = on_cpu if is_cpu else partial(gpu.replace, trees=trees)
+        steps, fallbacks = replace(base, reader, replaced, recognized)
         head, sample = survey.sample.examined(partial(output_layer, base)), survey.sample
     if head is None:
         reason = "the output layer is trained, or the model does something else with its output than to return it"
@@ -220,7 +216,12 @@ def _check_attention(base: Any) -> str:
 
 
 def _replace(
-    base: Any, reader: Reader, replaced: Replaced, survey: AttentionSurvey, checks: KeptResults
+    base: Any,
+    reader: Reader,
+    replaced: Replaced,
+    recognized: Mapping[nn.Module, Recognized],
+    survey: AttentionSurvey,
+    checks: KeptResults,
 ) -> tuple[list[Step], dict[str, str]]:
     """Replace layers on a CPU.
 
@@ -228,6 +229,7 @@ def _replace(
         base: A causal language model of transformers.
         reader: Function that returns the linear layer and LoRA of a module.
         replaced: Receives path and module of each replaced layer.
+        recognized: What is known of its layers.
         survey: The attention layers of the base.
         checks: What checks found before.
 
@@ -235,7 +237,7 @@ def _replace(
         The steps that replace the layers again, and the `fallbacks`.
     """
     weight = base.get_input_embeddings().weight
-    kinds, reasons = _kinds(base, reader, survey)
+    kinds, reasons = _kinds(base, reader, survey, recognized)
     is_compiled = fused_ops(weight) is not reference
     if not is_compiled:
         kinds = []  # The model's own layers are faster than the reference.
@@ -324,8 +326,10 @@ class _Kind:
         return False
 
 
-def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Kind], dict[str, str]]:
-    """The layers that can be replaced, by their classes and masks; and for each kind, why some cannot."""
+def _kinds(
+    base: Any, reader: Reader, survey: AttentionSurvey, recognized: Mapping[nn.Module, Recognized]
+) -> tuple[list[_Kind], dict[str, str]]:
+    """The layers that can be replaced, by what they compute; and for each kind, why some cannot."""
     specs = survey.specs
     are_bounded = any(spec.cap for spec in specs.values())  # torch's kernel has no caps.
     fewest = None if are_bounded else sublayers.fewest_tokens(base.get_input_embeddings().weight)
@@ -335,7 +339,8 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
     others: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
-        kind, factory = _factory(module, reader, specs.get(module), layouts)
+        known = recognized.get(module, UNKNOWN)
+        kind, factory = _factory(module, reader, specs.get(module), layouts, known.form)
         if name.endswith(".base_layer"):  # PEFT wraps it, as with LoRA on stacked experts.
             continue
         if factory() is not None:
@@ -343,7 +348,7 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
         elif module in specs and specs[module].placed and not masks.drops_out_within(module):
             windows[module] = specs[module].window
         elif kind_by_name or module in specs:
-            others[kind_by_name or "attention"][name] = _why_not(module, specs.get(module))
+            others[kind_by_name or "attention"][name] = _why_not(module, specs.get(module), known)
     implementation = attn_implementation(base)
     kinds, reasons = [], {}
     for name, members in layers.items():
@@ -379,15 +384,14 @@ def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
     return bool(rest) and all(module in survey.fitting and not masks.drops_out_within(module) for module in rest)
 
 
-def _why_not(module: nn.Module, spec: AttentionSpec | None) -> str:
+def _why_not(module: nn.Module, spec: AttentionSpec | None, known: Recognized) -> str:
     """Why a layer cannot be replaced."""
-    name, form = type(module).__name__, form_of(module)
-    if form is None:
-        return f"{name}, as this model sets it up, was not compared with a kernel"
-    if form in ATTENTION and spec is None:
+    name = type(module).__name__
+    if any(not weight.is_floating_point() for weight in module.parameters()):
+        return f"{name} is quantized"
+    if spec is None and name.endswith("Attention"):
         return f"{name} has a mask, or an attention function, that no kernel knows"
-    is_quantized = any(not weight.is_floating_point() for weight in module.parameters())
-    return f"{name} {'is quantized' if is_quantized else 'has weights, or an adapter, that no kernel knows'}"
+    return f"{name} {known.reason or 'has weights, or an adapter, that no kernel knows'}"
 
 
 def _decoder_path(base: Any) -> str:
@@ -396,10 +400,9 @@ def _decoder_path(base: Any) -> str:
 
 
 def _factory(
-    module: nn.Module, reader: Reader, spec: AttentionSpec | None, layouts: PerBatch[Layout]
+    module: nn.Module, reader: Reader, spec: AttentionSpec | None, layouts: PerBatch[Layout], form: str
 ) -> tuple[str, Factory]:
-    """The kind of a layer, and the factory of its replacement."""
-    form = form_of(module)
+    """The kind of a layer, and the factory of the replacement of this form."""
     if form in GATED:
         return "feed-forward layers", partial(replacements.replace_gated, module, reader, **GATED[form])
     if form in EXPERTS:

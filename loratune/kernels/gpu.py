@@ -4,7 +4,7 @@ The other layers are accelerated by `compile_layers` and by Liger's kernels, if 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
@@ -27,7 +27,7 @@ from loratune.kernels.layout import PerBatch, descendants_end
 from loratune.kernels.lora_linear import Adapted, Reader
 from loratune.kernels.masks import HELD, check_known
 from loratune.kernels.parity_check import ParityCheck
-from loratune.kernels.recognition import form_of
+from loratune.kernels.recognition import UNKNOWN, Recognized
 from loratune.kernels.replacements import restore, with_forward
 from loratune.kernels.transfer import send
 
@@ -36,7 +36,7 @@ Layers = Iterable[tuple[str, nn.Module]]
 VARLEN = "loratune-varlen"
 """The name under which attention row by row is registered."""
 NORMS = {"norm": 0.0, "norm that adds 1": 1.0}
-"""Form of a norm, as named in the list of checked layers → what it adds to its weight."""
+"""Form of a norm → what it adds to its weight."""
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """What lets keys have fewer heads than queries. The kernel of torch 2.11 and 2.12 can do it without being asked."""
 BLOCK = 128
@@ -206,9 +206,9 @@ def fast_norm(module: nn.Module, epsilon: float) -> nn.Module:
     return with_forward(module, forward)
 
 
-def _replace_norms(base: Any) -> Iterator[tuple[str, nn.Module]]:
+def _replace_norms(recognized: Mapping[nn.Module, Recognized], base: Any) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(base.named_modules()):
-        added = NORMS.get(form_of(module) or "")
+        added = NORMS.get(recognized.get(module, UNKNOWN).form)
         fast = None if added is None else replacements.replace_norm(module, added)
         if fast is not None:
             yield name, module
@@ -216,12 +216,17 @@ def _replace_norms(base: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def replace(
-    base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]], *, trees: bool = False
+    base: Any,
+    reader: Reader,
+    replaced: list[tuple[str, nn.Module]],
+    recognized: Mapping[nn.Module, Recognized],
+    *,
+    trees: bool = False,
 ) -> tuple[list[Callable[[Any], Layers]], dict[str, str]]:
     """Replace layers on a GPU. Arguments and results as in `acceleration._replace`. trees: see `accelerate`."""
     check, fallbacks = ParityCheck(base), dict[str, str]()
     steps: list[Callable[[Any], Layers]] = []
-    for kind, step in (("LoRA", partial(_replace_linear, reader)), ("norms", _replace_norms)):
+    for kind, step in (("LoRA", partial(_replace_linear, reader)), ("norms", partial(_replace_norms, recognized))):
         found = [*step(base)]
         if found and (check.passes() or (kind == "LoRA" and not check.runs)):
             steps.append(step)

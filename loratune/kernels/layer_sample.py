@@ -217,9 +217,10 @@ _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 """Attributes that each module has."""
 
 
-def described(value: Any, depth: int = _DEPTH) -> Any:
+def described(value: Any, depth: int = _DEPTH, identity: Callable[[Any], Any] = id) -> Any:
     """A value as something whose `repr` is equal for equal values: the contents of containers and of plain objects,
     the types of tensors, the names of functions and classes, and the identity of anything else."""
+    inner = partial(described, depth=depth - 1, identity=identity)
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
     if isinstance(value, Tensor):  # Of what a layer keeps between passes, such as outliers in 8 bit, the shape varies.
@@ -227,18 +228,18 @@ def described(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, list | tuple | set | frozenset | dict) and depth:
         values = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
         pairs = values.items() if isinstance(values, dict) else enumerate(values)
-        return _name(type(value)), [(str(key), described(one, depth - 1)) for key, one in pairs if key not in NUMBERS]
+        return _name(type(value)), [(str(key), inner(one)) for key, one in pairs if key not in NUMBERS]
     if isinstance(value, partial):
-        return "partial", described([value.func, value.args, value.keywords], depth)
+        return "partial", described([value.func, value.args, value.keywords], depth, identity)
     if isinstance(value, type) or hasattr(value, "__qualname__"):
         cells = getattr(value, "__closure__", None) or ()
-        return _name(value), described([cell.cell_contents for cell in cells], depth - 1) if depth else id(value)
+        return _name(value), inner([cell.cell_contents for cell in cells]) if depth else identity(value)
     if isinstance(value, nn.Module) and depth and _is_function(value):
         own = {name: one for name, one in vars(value).items() if name not in _OF_TORCH}
-        return _name(type(value)), id(type(value)), described(own, depth - 1)
+        return _name(type(value)), identity(type(value)), inner(own)
     if isinstance(value, PreTrainedConfig | nn.Module) or not hasattr(value, "__dict__") or not depth:
-        return _name(type(value)), str(value) if type(value).__module__ == "torch" else id(value)
-    return _name(type(value)), described(vars(value), depth - 1)
+        return _name(type(value)), str(value) if type(value).__module__ == "torch" else identity(value)
+    return _name(type(value)), inner(vars(value))
 
 
 def _is_function(module: nn.Module) -> bool:

@@ -217,6 +217,8 @@ class AttentionSurvey:
         fitting: Layers that the kernel supports apart from the mask, which `AttentionSpec` may not describe.
         stock_masks: Whether all layers get the masks made by transformers, of whatever kind.
         sample: Layers that stand for all layers of the model.
+        angles: Layer that receives positions → the size of its rotary angles; 0 if it receives none.
+        arguments: Module → how many arguments it is called with.
     """
 
     specs: dict[nn.Module, AttentionSpec] = field(default_factory=dict)
@@ -224,6 +226,8 @@ class AttentionSurvey:
     fitting: set[nn.Module] = field(default_factory=set)
     stock_masks: bool = False
     sample: LayerSample = WHOLE_MODEL
+    angles: Mapping[nn.Module, int] = field(default_factory=dict)
+    arguments: Mapping[nn.Module, int] = field(default_factory=dict)
 
 
 def survey(base: Any) -> AttentionSurvey:
@@ -234,7 +238,13 @@ def survey(base: Any) -> AttentionSurvey:
     probe = _Probe()
     ids = (torch.arange(8) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size
     try:
-        with probing(base, probe), evaluating(base), torch.no_grad(), watched(base) as returned:
+        with (
+            probing(base, probe),
+            evaluating(base),
+            torch.no_grad(),
+            watched(base) as returned,
+            _called(base) as calls,
+        ):
             base.get_decoder()(ids, use_cache=False)
     except Exception:  # Families raise all kinds of errors where they need other inputs.
         _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
@@ -244,7 +254,28 @@ def survey(base: Any) -> AttentionSurvey:
         return AttentionSurvey(modules=modules)
     specs = {module: spec for module, spec in probe.specs.items() if module not in probe.refused}
     sample = WHOLE_MODEL if probe.altered else LayerSample.of(base, returned, probe.calls)
-    return AttentionSurvey(specs, modules, probe.fitting, stock_masks=not probe.altered, sample=sample)
+    return AttentionSurvey(specs, modules, probe.fitting, not probe.altered, sample, *calls)
+
+
+@contextmanager
+def _called(base: Any) -> Iterator[tuple[dict[nn.Module, int], dict[nn.Module, int]]]:
+    """Inside, records `AttentionSurvey.angles` and `AttentionSurvey.arguments`."""
+    angles: dict[nn.Module, int] = {}
+    arguments: dict[nn.Module, int] = {}
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = kwargs.get("position_embeddings")
+        if isinstance(kwargs.get("position_ids"), Tensor):
+            has_angles = isinstance(given, tuple | list) and given and isinstance(given[0], Tensor)
+            angles[module] = given[0].shape[-1] if has_angles else 0
+        arguments[module] = sum(one is not None for one in (*args, *kwargs.values()))
+
+    handles = [part.register_forward_pre_hook(record, with_kwargs=True) for part in base.get_decoder().modules()]
+    try:
+        yield angles, arguments
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def sample_layers(model: Any) -> LayerSample:

@@ -1,256 +1,402 @@
-"""Identifies the layer classes that kernels may replace: those whose source was compared with the kernels.
+"""Finds the layers that kernels may replace, by what they compute: the first step of the safeguard.
 
-The results of a layer depend on its source and on the switches that a configuration sets, and a comparison on random
-numbers cannot find every clamp, cap, scale or dropout. So a layer is replaced only if its class is in
-`checked_layers.json`, with the digest of its source and the values of its switches. `scripts/check_layers.py` writes
-that file. It compares every class of every family with its replacement in float32: on inputs with zero and nonzero
-mean, of scale 1 and 10, at positions beyond every limit of the configuration, in training mode.
+A layer of transformers that has the structure of a replacement is compared with it, in float32, before the first step
+of a run: a copy with random weights of the same shapes, on inputs of several sizes with and without a mean, in training
+and evaluation mode, at near and at distant positions, forward and backward. Layers of one kind, which differ in nothing
+but their weights and their number, are compared once. What random numbers cannot show, such as a clamp that no sample
+reaches, is looked for in the code of the layer (`layer_source`).
 
-A class that is not in the list, that was patched at run time, or whose source has changed in a release is not replaced.
+The replacement computes with the reference of its operations in torch, so the result does not depend on the machine;
+the compiled operations are compared with the reference elsewhere (`compiled.operations`), and the whole model with
+itself (`parity_check`). Results are kept with the digest of the code, the settings, and the versions of the libraries.
 """
 
-import ast
-import hashlib
+import copy
 import inspect
-import json
 import logging
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from types import FunctionType
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from loratune.kernels.upstream import has_hooks
+from loratune.errors import is_out_of_memory
+from loratune.kernels import layer_source, replacements
+from loratune.kernels.compiled import reference
+from loratune.kernels.compiled.operations import relative_rms
+from loratune.kernels.layer_sample import NUMBERS, described
+from loratune.kernels.layer_source import NotReadableError, is_linear
+from loratune.kernels.layout import Layout, PerBatch
+from loratune.kernels.lora_linear import Reader
+from loratune.kernels.masks import AttentionSpec, AttentionSurvey
+from loratune.kernels.upstream import attn_implementation, has_hooks
+from loratune.system import cache
+from loratune.system.accelerator import same_random_numbers
+from loratune.system.machine_results import kept_here
 
 _log = logging.getLogger(__name__)
 
-LIST = Path(__file__).with_name("checked_layers.json")
-SHAPES = frozenset({
-    "config", "layer_idx", "hidden_size", "intermediate_size", "head_dim", "num_heads", "num_attention_heads",
-    "num_key_value_heads", "num_key_value_groups", "scaling", "variance_epsilon", "eps", "max_position_embeddings",
-    "dtype", "training", "pad_token_id", "vocab_size", "num_hidden_layers", "rms_norm_eps", "_attn_implementation",
-    "embed_dim", "normalized_shape", "q_size", "kv_size", "op_size", "rope_theta", "initializer_range", "num_experts",
-    "num_local_experts", "hidden_dim", "intermediate_dim",
-})  # fmt: skip
-"""Attributes that a replacement reads from the layer, or that do not affect the results."""
-WINDOW = "sliding_window"
-"""The window of a layer. Its length is read from the model's mask (`masks`), so only its presence matters here."""
+ATTENTION: dict[str, dict[str, Any]] = {
+    "attention": {}, "attention whose norms add 1": {"added": 1.0}, "attention without positions": {"rotary": False},
+}  # fmt: skip
+GATED: dict[str, dict[str, Any]] = {"gated": {}, "gated by GELU": {"activation": reference.GELU}}
+EXPERTS: dict[str, dict[str, Any]] = {"experts": {}, "experts gated by GELU": {"activation": reference.GELU}}
+NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0}}
+"""Form of a replacement → keyword arguments of its factory."""
+SIZES = ((1.0, 0.0), (10.0, 0.0), (30.0, 0.0), (1.0, 3.0), (10.0, -20.0), (1e-3, 0.0), (1000.0, 300.0))
+"""Standard deviation and mean of inputs. The last is not for attention, whose softmax would be that of a single key."""
+TOLERANCE = 2e-4
+"""The largest relative difference of an output or gradient; in float32, rounding makes less than a tenth of it."""
+ROW_TOLERANCE = 0.2
+"""The largest typical difference in size between rows of two norms in 16 bits, in units of the dtype's epsilon. It is
+below 0.17 where both compute in float32 before they round, for rows of 16 to 4,096 numbers, and at least 0.23 where one
+rounds the mean as well."""
+TOKENS, DISTANCE, WINDOW = 16, 1 << 20, 5
+"""Tokens of a row of attention, the first of its distant positions, and the window in place of a longer one."""
+_BLOCK = 1_000_003
+"""Random numbers that are drawn for a large tensor, and repeated. A prime, so that its rows differ."""
+
+Call = Callable[[nn.Module, Tensor], Any]
+"""Calls a layer with an input, (sizes, tokens, size)."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What determines the results of a layer.
+class Recognized:
+    """What is known of a layer.
 
     Attributes:
-        name: The name of its class, with its module.
-        digest: The digest of the source of the class.
-        switches: Names and values of the switches, as JSON.
+        form: The form of the replacement that computes the same; empty if none does.
+        reason: Why none does, as the rest of a sentence about its class.
     """
 
-    name: str
-    digest: str
-    switches: str
+    form: str = ""
+    reason: str = ""
 
-    @classmethod
-    def of(cls, module: nn.Module) -> "Layer | None":
-        """The `Layer` of a module; None if its source cannot be read, or the module is patched or has hooks."""
-        kind: Any = type(module)
-        if "forward" in vars(module) or has_hooks(module) or not _is_unpatched(kind):
-            return None
+
+UNKNOWN = Recognized(reason="has another structure than the layers that kernels compute")
+
+
+def recognize(base: Any, reader: Reader, survey: AttentionSurvey | None) -> dict[nn.Module, Recognized]:
+    """Compare the layers of a model with the replacements whose structure they have.
+
+    Args:
+        base: A causal language model of transformers. Its tensors may be fake; only their shapes are used.
+        reader: Function that returns the linear layer and LoRA of a module.
+        survey: The attention layers of the base; None: only norms are of interest.
+
+    Returns:
+        What is known of each layer that has such a structure.
+    """
+    found: dict[nn.Module, Recognized] = {}
+    by_kind: dict[str, Recognized] = {}
+    own, settings = attn_implementation(base), base.config.to_json_string(use_diff=False)
+    with same_random_numbers(base.device):
         try:
-            digest = source_digest(kind)
-            switches = _switches(module)
-        except (OSError, TypeError, SyntaxError, KeyError):
-            _log.debug("%s has no source to be compared", _name(kind), exc_info=True)
-            return None
-        return cls(_name(kind), digest, json.dumps(switches, sort_keys=True))
+            for module in base.modules():
+                subject = _subject(module, reader, survey) if survey is not None else _norm(module)
+                if subject is None:
+                    continue
+                if "forward" in vars(module) or any(map(has_hooks, module.modules())):
+                    found[module] = Recognized(reason="was changed while the program ran")
+                    continue
+                kind = subject.description(reader)
+                if kind not in by_kind:
+                    if subject.spec is not None and attn_implementation(base) != "eager":
+                        base.set_attn_implementation("eager")  # The only one that has every cap and mask.
+                    by_kind[kind] = _known(subject, reader, kind, settings)
+                found[module] = by_kind[kind]
+        finally:
+            if attn_implementation(base) != own:
+                base.set_attn_implementation(own)
+    return found
 
 
-@cache
-def checked() -> Mapping[Layer, str]:
-    """Layer of the list → form of the replacement that computes the same."""
-    digests_by_name = json.loads(LIST.read_text(encoding="utf-8"))["layers"]
-    return {
-        Layer(name, digest, json.dumps(entry["switches"], sort_keys=True)): entry["form"]
-        for name, entries_by_digest in digests_by_name.items()
-        for digest, entries in entries_by_digest.items()
-        for entry in entries
-    }
+@dataclass(frozen=True)
+class _Subject:
+    """A layer that may have the structure of a replacement.
 
-
-def form_of(module: nn.Module) -> str | None:
-    """The form of the replacement that computes the same as a layer; None if none is known."""
-    if _name(type(module)) not in _checked_names():
-        return None  # This avoids reading the source of all classes of a model.
-    layer = Layer.of(module)
-    return checked().get(layer) if layer is not None else None
-
-
-@cache
-def _checked_names() -> frozenset[str]:
-    return frozenset(layer.name for layer in checked())
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _is_unpatched(kind: type) -> bool:
-    """Whether the `forward` of a class is the one in its file, not patched by another library."""
-    owner = next((base for base in kind.__mro__ if "forward" in vars(base)), None)
-    if owner is None or _is_torch(kind) or _is_torch(owner) or owner.__module__ not in sys.modules:
-        return False
-    code = getattr(inspect.unwrap(vars(owner)["forward"]), "__code__", None)
-    return code is not None and code.co_filename == sys.modules[owner.__module__].__file__
-
-
-def _switches(module: nn.Module) -> dict[str, Any]:
-    """The settings of a layer apart from shapes: its children, its own attributes, and the configuration values that
-    its methods read at run time."""
-    switches: dict[str, Any] = {"children": {name: _child_class(child) for name, child in module.named_children()}}
-    switches["own"] = sorted(
-        name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    )
-    for name, value in vars(module).items():
-        if not name.startswith("_") and name not in SHAPES:
-            switches[name] = _switch_value(module, name, value)
-    kind: Any = type(module)
-    settings = getattr(module, "config", None)
-    for name in _config_reads(kind) - SHAPES if settings is not None else ():
-        switches[f"config.{name}"] = _switch_value(module, name, getattr(settings, name, None))
-    return switches
-
-
-def _child_class(child: nn.Module) -> str:
-    """The class of a child, and the digest of its source. All linear layers, with or without LoRA, count as one class:
-    the replacements check them."""
-    kind: Any = type(child)
-    if all(hasattr(child, name) for name in ("in_features", "out_features", "weight")):
-        return "linear"
-    return _name(kind) if _is_torch(kind) else f"{_name(kind)} {source_digest(kind)}"
-
-
-def _switch_value(module: nn.Module, name: str, value: Any) -> Any:
-    """The value of a switch as JSON, the same for all layers of one kind."""
-    if name == WINDOW:
-        return value is not None
-    layer: Any = getattr(module, "layer_idx", None)
-    if name == "layer_types" and isinstance(value, list | tuple) and isinstance(layer, int):
-        return value[layer]
-    if isinstance(value, FunctionType | type):
-        return value.__qualname__
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
-
-
-@cache
-def source_digest(kind: type) -> str:
-    """Sixteen digits of the SHA-256 of the syntax tree of a class, of its bases, and of what they call at module level.
-
-    Comments, docstrings, annotations and layout do not count. Raises OSError, KeyError: there is no source.
+    Attributes:
+        module: The layer.
+        family: Forms of replacements, one of `ATTENTION`, `GATED`, `EXPERTS`, `NORM`.
+        size: Of its inputs.
+        spec: How it attends, with a short window in place of a longer one; None for other layers.
+        angles: The size of rotary angles that it receives; 0 if it receives none.
     """
-    parts = [_text(tree) for tree in _trees(kind)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    module: nn.Module
+    family: Mapping[str, Mapping[str, Any]]
+    size: int
+    spec: AttentionSpec | None = None
+    angles: int = 0
+
+    def description(self, reader: Reader) -> str:
+        """A text that is equal for layers of one kind, in all processes."""
+        parts = [(name, _described(part, reader)) for name, part in _own_modules(self.module)]
+        spec = asdict(self.spec) if self.spec is not None else None
+        return repr((parts, spec, self.angles))
 
 
-def _trees(kind: type) -> Iterator[ast.AST]:
-    """A class, its bases except torch's, and the functions and constants of transformers that they refer to."""
-    queue = [(base.__module__, base.__qualname__) for base in kind.__mro__ if not _is_torch(base)]
-    visited: set[tuple[str, str]] = set()
-    while queue:
-        definition = queue.pop(0)
-        if definition in visited:
-            continue
-        visited.add(definition)
-        module_name, qualified_name = definition
-        module = sys.modules[module_name]
-        local = _definitions(str(module.__file__))
-        yield local[qualified_name]
-        for name in sorted(_names(local[qualified_name])):
-            other = getattr(module, name, None)
-            if isinstance(local.get(name), ast.FunctionDef):
-                queue.append((module_name, name))
-            elif isinstance(other, FunctionType) and other.__module__.startswith("transformers."):
-                original = inspect.unwrap(other)
-                queue.append((original.__module__, original.__qualname__))
-            elif isinstance(other, type) and issubclass(other, torch.autograd.Function) and not _is_torch(other):
-                queue.append((other.__module__, other.__qualname__))
-            elif isinstance(other, bool | int | float | str):
-                yield ast.Constant(f"{name} = {other!r}")
+def _subject(module: nn.Module, reader: Reader, survey: AttentionSurvey) -> _Subject | None:
+    """What a layer may be, by the names of its parts; None for any other module."""
+    names, takes_more = dict(module.named_children()), survey.arguments.get(module, _parameters(module)) > 1
+    if (
+        module in survey.specs
+        and module in survey.angles
+        and "o_proj" in names
+        and _are_linear(names, reader, {"o_proj"})
+    ):
+        spec = survey.specs[module]
+        spec = replace(spec, window=WINDOW if spec.window is not None else None, placed=False)
+        return _Subject(module, ATTENTION, _inputs(names, reader), spec, survey.angles[module])
+    if "down_proj" in names and not takes_more and _are_linear(names, reader, {"down_proj"}):
+        return _Subject(module, GATED, _inputs(names, reader))
+    tensors = dict(module.named_parameters(recurse=False))
+    if tensors.keys() == {"gate_up_proj", "down_proj"} and tensors["down_proj"].dim() == 3:
+        return _Subject(module, EXPERTS, tensors["down_proj"].shape[1])
+    return None if takes_more else _norm(module, called=module in survey.arguments)
 
 
-def _is_torch(kind: type) -> bool:
-    return kind is object or kind.__module__.partition(".")[0] in ("torch", "typing", "abc")
+def _norm(module: nn.Module, *, called: bool = False) -> _Subject | None:
+    """A norm. called: whether it is known to be called with states alone."""
+    weight, tensors = getattr(module, "weight", None), dict(module.named_parameters())
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or tensors.keys() != {"weight"}:
+        return None
+    return _Subject(module, NORM, len(weight)) if called or _parameters(module) == 1 else None
 
 
-@cache
-def _definitions(file: str) -> dict[str, Any]:
-    """Name → top-level class or function of a file."""
-    queue: list[Any] = list(ast.parse(Path(file).read_text(encoding="utf-8")).body)
-    definitions = {}
-    while queue:
-        node = queue.pop(0)
-        if isinstance(node, ast.If | ast.Try):
-            queue += [*node.body, *node.orelse]
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
-            definitions[node.name] = node
-    return definitions
+def _parameters(module: nn.Module) -> int:
+    """How many arguments a layer can take: some norms take a gate besides states."""
+    return len(inspect.signature(module.forward).parameters)
 
 
-IGNORED_FIELDS = ("annotation", "returns", "type_params", "type_comment", "kind", "ctx")
-"""Fields of a syntax tree that do not affect what is computed."""
+def _are_linear(children: Mapping[str, nn.Module], reader: Reader, needed: set[str]) -> bool:
+    """Whether all projections of a layer can be read, and those that it reads its input with exist."""
+    projections = {name: child for name, child in children.items() if is_linear(child)}
+    return projections.keys() > needed and all(reader(child) is not None for child in projections.values())
 
 
-def _names(node: Any) -> set[str]:
-    """The names that a piece of source refers to at run time, without annotations."""
-    if isinstance(node, ast.Name):
-        return {node.id}
-    fields = [value for name, value in ast.iter_fields(node) if name not in IGNORED_FIELDS]
-    children = [child for value in fields for child in (value if isinstance(value, list) else [value])]
-    return {name for child in children if isinstance(child, ast.AST) for name in _names(child)}
+def _inputs(children: Mapping[str, nn.Module], reader: Reader) -> int:
+    names = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj")
+    parts = (reader(children[name]) for name in names if name in children)
+    return next((part.layer.in_features for part in parts if part is not None), 0)
 
 
-def _text(node: Any) -> str:
-    """A syntax tree as text that does not depend on the Python release: without empty fields and positions."""
-    if isinstance(node, list):
-        return "[" + ",".join(map(_text, node)) + "]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = []
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(value, list) and value and _is_docstring(value[0]):
-            value = value[1:]
-        if name not in IGNORED_FIELDS and value is not None and value != []:
-            fields.append(f"{name}={_text(value)}")
-    return f"{type(node).__name__}({','.join(fields)})"
+def _own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A layer and what is in it, except for the parts of linear layers."""
+    yield "", module
+    for name, child in module.named_children():
+        nested = [("", child)] if is_linear(child) else _own_modules(child)
+        yield from ((f"{name}.{inner}", part) for inner, part in nested)
 
 
-def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _described(module: nn.Module, reader: Reader) -> Any:
+    """What determines what a module computes, apart from its children and the values of its tensors."""
+    if is_linear(module) and (part := reader(module)) is not None:
+        rank = len(part.down) if part.down is not None else 0
+        return "linear", part.layer.in_features, part.layer.out_features, part.layer.bias is not None, rank
+    of_torch = vars(nn.Module()).keys()
+    own = {name: one for name, one in vars(module).items() if name not in NUMBERS and name not in of_torch}
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return (
+        f"{type(module).__module__}.{type(module).__qualname__}",
+        [(name, described(value, identity=lambda _: "")) for name, value in sorted(own.items())],
+        [(name, [*one.shape], str(one.dtype), one.requires_grad) for name, one in tensors],
+    )
 
 
-@cache
-def _config_reads(kind: type) -> frozenset[str]:
-    """Attributes of the configuration that the methods of a class read, other than in `__init__`."""
-    methods = [
-        node
-        for base in kind.__mro__
-        if not _is_torch(base)
-        for node in _definitions(str(sys.modules[base.__module__].__file__))[base.__qualname__].body
-        if isinstance(node, ast.FunctionDef) and node.name != "__init__"
-    ]
-    return frozenset(name for method in methods for name in _reads(method))
+def _known(subject: _Subject, reader: Reader, kind: str, settings: str) -> Recognized:
+    """What is known of a kind of layers; it is compared if nothing is."""
+    try:
+        digest = layer_source.read(subject.module)
+    except NotReadableError as error:
+        return Recognized(reason=str(error))
+    kept = kept_here("layer", digest, kind, settings, cache.source_digest(), of=cache.LAYERS)
+    return Recognized(*kept.once("recognized", list, partial(_compare, subject, reader)))
 
 
-def _reads(method: ast.AST) -> Iterator[str]:
-    for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self.config", "config"):
-            yield node.attr
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
-            owner, name = ast.unparse(node.args[0]), node.args[1]
-            if owner in ("self.config", "config") and isinstance(name, ast.Constant):
-                yield str(name.value)
+def _compare(subject: _Subject, reader: Reader) -> tuple[str, str]:
+    """The form that computes the same as a layer, or the reason."""
+    with torch.enable_grad():
+        # With larger scores, rounding alone would decide which key an attention layer attends to.
+        copied = _copied(subject.module, size=1.0 if subject.spec is None else 1 / 3)
+        candidates = _candidates(subject, copied, reader)
+        if not candidates:
+            return "", UNKNOWN.reason
+        calls = [*_calls(subject)]
+        try:
+            expected = [_results(copied, *call) for call in calls]
+        except Exception as error:  # Families raise all kinds of errors where they need other inputs.
+            _reraise_if_out_of_memory(error)
+            return "", "does not run alone"
+        for form, fast in candidates.items():
+            if _agrees(fast, calls, expected) and _rounds_alike(subject, form):
+                return form, ""
+    return "", "computes something else than its kernel"
+
+
+def _reraise_if_out_of_memory(error: Exception) -> None:
+    if is_out_of_memory(error):
+        raise error
+    _log.debug("a layer does not run alone", exc_info=True)
+
+
+def _candidates(subject: _Subject, copied: nn.Module, reader: Reader) -> dict[str, nn.Module]:
+    """Forms, and the replacement of each whose structure a layer has."""
+    made: dict[str, nn.Module | None] = {}
+    layouts: PerBatch[Layout] = PerBatch(Layout.of)
+    for form, options in subject.family.items():
+        if subject.spec is not None:
+            of_heads = [part for name, part in subject.module.named_children() if name in ("q_norm", "k_norm")]
+            added = options.get("added", 0.0)
+            if (added and not of_heads) or not all(_is_norm(one, added, reader) for one in of_heads):
+                continue
+            attention = replacements.replace_attention(copied, reader, subject.spec, layouts, ops=reference, **options)
+            made[form] = attention
+        elif subject.family is GATED:
+            made[form] = replacements.replace_gated(copied, reader, ops=reference, **options)
+        elif subject.family is EXPERTS:
+            made[form] = replacements.replace_experts(copied, ops=reference, **options)
+        else:
+            made[form] = replacements.replace_norm(copied, ops=reference, **options)
+    return {form: fast for form, fast in made.items() if fast is not None}
+
+
+def _is_norm(module: nn.Module, added: float, reader: Reader) -> bool:
+    """Whether the norm of heads is one that adds this to its weight."""
+    subject = _norm(module, called=True)
+    form = _compare(subject, reader)[0] if subject is not None else ""
+    return form != "" and NORM[form].get("added", 0.0) == added
+
+
+# Inputs
+
+
+def _copied(module: nn.Module, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Any:
+    """A copy of a layer on the CPU with random weights, without dropout in LoRA. size: of what its matrices return."""
+    drawn, memo = torch.Generator().manual_seed(4), dict[int, Any]()
+    for part in module.modules():
+        for name, tensor in part.named_parameters(recurse=False):
+            values = _weights(name, tensor.shape, drawn).to(dtype)
+            values *= size if values.dim() > 1 else 1.0
+            memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad)
+        for _, buffer in part.named_buffers(recurse=False):
+            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        memo |= {id(value): value for value in vars(part).values() if isinstance(value, PreTrainedConfig)}
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for dropout in part.modules() if is_linear(part) else ():
+            if isinstance(dropout, nn.Dropout):
+                dropout.p = 0.0
+    return copied
+
+
+def _weights(name: str, shape: torch.Size, drawn: torch.Generator) -> Tensor:
+    """Random weights: none is zero or one, whatever it is at first, so that it has an effect."""
+    count = math.prod(shape)
+    if len(shape) == 3 and count > _BLOCK:  # Experts, which begin at different numbers of what one of them needs.
+        experts, rows, columns = shape
+        flat = _weights(name, torch.Size([rows * columns + 997 * experts, 1]), drawn).flatten() / math.sqrt(columns)
+        return flat.as_strided(shape, (997, columns, 1))
+    block = torch.randn(min(count, _BLOCK), generator=drawn, dtype=torch.float32)
+    values = block.repeat(-(-count // max(1, len(block))))[:count].view(shape)
+    if len(shape) < 2:
+        return 0.2 * values + (name == "weight")
+    return values / math.sqrt(shape[-1])
+
+
+def _calls(subject: _Subject) -> Iterator[tuple[Call, Tensor, bool]]:
+    """Calls of a layer: how, the input, and whether in training mode."""
+    drawn, sizes = torch.Generator().manual_seed(2), SIZES[:-1] if subject.spec is not None else SIZES
+    tokens = TOKENS if subject.spec is not None else 4
+    noise = torch.randn(len(sizes), tokens, subject.size, generator=drawn, dtype=torch.float32)
+    scales, means = torch.tensor(sizes, dtype=torch.float32).T
+    x = noise * scales[:, None, None] + means[:, None, None]
+    if subject.family is EXPERTS:
+        call = partial(_call_experts, torch.Generator().manual_seed(6))
+        yield call, x, True
+        yield partial(_call_experts, torch.Generator().manual_seed(6)), x[:2], False
+        return
+    if subject.spec is None:
+        yield _call, x, True
+        yield _call, x[:2], False
+        return
+    near, distant = torch.arange(tokens)[None], torch.arange(DISTANCE, DISTANCE + tokens)[None]
+    yield partial(_call_attention, subject, near), x, True
+    yield partial(_call_attention, subject, near), x[:2], False
+    yield partial(_call_attention, subject, distant), x[:1], True
+    yield partial(_call_attention, subject, near[:, :1]), x[:1, :1], True
+
+
+def _call(module: nn.Module, x: Tensor) -> Any:
+    return module(x)
+
+
+def _call_experts(drawn: torch.Generator, module: nn.Module, x: Tensor) -> Any:
+    """Each token goes to two experts, if there are as many."""
+    count = len(module.get_parameter("down_proj"))
+    shares = torch.rand(x.shape[0] * x.shape[1], count, generator=drawn.manual_seed(6), dtype=torch.float32)
+    weights, chosen = shares.topk(min(2, count))
+    return module(x.flatten(0, 1), chosen, weights).view(x.shape)
+
+
+def _call_attention(subject: _Subject, positions: Tensor, module: nn.Module, x: Tensor) -> Any:
+    """positions: (1, tokens). Rotary angles are the same for all layers of a model, so any will do."""
+    spec, angles = subject.spec, None
+    assert spec is not None
+    if half := subject.angles // 2:
+        frequencies = 10_000.0 ** -(torch.arange(half, dtype=torch.float32) / half)
+        both = (positions[..., None] * frequencies).repeat(1, 1, 2)
+        angles = 1.05 * both.cos(), 1.05 * both.sin()  # Some families scale them.
+    distance = positions[0][:, None] - positions[0][None]
+    visible = (distance >= 0) & (distance < (spec.window or len(distance)))
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.zeros(distance.shape, dtype=torch.float32).masked_fill(~visible, lowest)[None, None]
+    return module(hidden_states=x, position_embeddings=angles, attention_mask=mask, position_ids=positions)
+
+
+# Results
+
+
+def _results(module: nn.Module, call: Call, x: Tensor, training: bool) -> list[Tensor]:
+    """The output and the gradient of the input, each for every size, and the gradient of each adapter."""
+    x = x.clone().requires_grad_()
+    output = call(module.train(training), x)
+    output = output[0] if isinstance(output, tuple) else output
+    weights = [one for one in module.parameters() if one.requires_grad]
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
+    target /= x.detach().square().mean((1, 2), keepdim=True).sqrt()  # Else large inputs would hide small ones.
+    dx, *gradients = torch.autograd.grad((output * target).sum(), [x, *weights])
+    return [*output.detach(), *dx, *gradients]
+
+
+def _agrees(fast: nn.Module, calls: list[tuple[Call, Tensor, bool]], expected: list[list[Tensor]]) -> bool:
+    """Whether a replacement gives the expected results."""
+    for call, old in zip(calls, expected, strict=True):
+        try:
+            new = _results(fast, *call)
+        except Exception as error:
+            _reraise_if_out_of_memory(error)
+            return False
+        if not all(relative_rms(*pair) <= TOLERANCE for pair in zip(old, new, strict=True)):
+            return False
+    return True
+
+
+def _rounds_alike(subject: _Subject, form: str) -> bool:
+    """Whether a norm of 16 bits computes in float32 before it rounds, as the replacement does. Each row is compared in
+    its size, in which the rounding of single numbers cancels."""
+    dtype = next(subject.module.parameters()).dtype
+    if subject.family is not NORM or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    own = _copied(subject.module, dtype)
+    fast = replacements.replace_norm(own, ops=reference, **NORM[form])
+    assert fast is not None
+    x = torch.randn(256, subject.size, generator=torch.Generator().manual_seed(5), dtype=torch.float32).to(dtype)
+    with torch.no_grad():
+        old, new = own(x).double(), fast(x).double()
+    sizes = (old * new).sum(-1) / new.square().sum(-1) - 1
+    return float(sizes.square().mean().sqrt()) <= ROW_TOLERANCE * torch.finfo(dtype).eps

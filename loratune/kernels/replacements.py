@@ -151,10 +151,12 @@ def replace_attention(
     *,
     rotary: bool = True,
     added: float = 0.0,
+    ops: FusedOps | None = None,
 ) -> FastAttention | None:
     """The replacement of an attention layer, judged by its structure alone; None if the structure does not match.
 
-    rotary: whether rotary embeddings are applied; added: what the norms of heads add to their weights.
+    rotary: whether rotary embeddings are applied; added: what the norms of heads add to their weights; ops: None for
+    those of the weights' dtype.
     """
     children = dict(module.named_children())
     joined = _projection(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
@@ -168,27 +170,39 @@ def replace_attention(
     width = (spec.heads + 2 * spec.groups) * size
     if joined.weight.shape[0] != width or out.weight.shape[1] != spec.heads * size:
         return None
-    ops = fused_ops(out.weight)
+    ops = ops or fused_ops(out.weight)
     scoring = Scoring(spec.scale, spec.cap)
     attention = SelfAttention(joined, out, spec.groups, heads, size, scoring, ops, norms)
     return FastAttention(module, attention, spec.window, layouts, rotary=rotary)
 
 
 def replace_gated(
-    module: nn.Module, reader: Reader, activation: tuple[float, float] = reference.SILU
+    module: nn.Module,
+    reader: Reader,
+    activation: tuple[float, float] = reference.SILU,
+    ops: FusedOps | None = None,
 ) -> FastGatedLayer | None:
     """The replacement of a gated feed-forward layer, judged by its structure alone; None if it does not match."""
     children = dict(module.named_children())
+    others = (child for name, child in children.items() if name not in _OF_GATED)
+    if any(True for child in others for _ in (*child.parameters(), *child.buffers())):
+        return None
     joined = _projection(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
     down = _projection(children, [("down_proj",)], reader)
     if joined is None or down is None or _has_own_tensors(module) or _has_dropout(module):
         return None
     if joined.weight.shape[0] != 2 * down.weight.shape[1]:
         return None
-    return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight), activation))
+    return FastGatedLayer(module, GatedLayer(joined, down, ops or fused_ops(down.weight), activation))
 
 
-def replace_experts(module: nn.Module, activation: tuple[float, float] = reference.SILU) -> FastExperts | None:
+_OF_GATED = frozenset({"gate_proj", "up_proj", "gate_up_proj", "down_proj"})
+"""The parts of gated layers that have weights."""
+
+
+def replace_experts(
+    module: nn.Module, activation: tuple[float, float] = reference.SILU, ops: FusedOps | None = None
+) -> FastExperts | None:
     """The replacement of the experts of a mixture, judged by their structure alone; None if it does not match."""
     weights = dict(module.named_parameters())
     if weights.keys() != {"gate_up_proj", "down_proj"} or any(weight.requires_grad for weight in weights.values()):
@@ -196,7 +210,7 @@ def replace_experts(module: nn.Module, activation: tuple[float, float] = referen
     gate_up, down = weights["gate_up_proj"], weights["down_proj"]
     if gate_up.dim() != 3 or gate_up.shape != (len(down), 2 * down.shape[2], down.shape[1]):
         return None
-    return FastExperts(module, ExpertLayers(gate_up.detach(), down.detach(), fused_ops(down), activation))
+    return FastExperts(module, ExpertLayers(gate_up.detach(), down.detach(), ops or fused_ops(down), activation))
 
 
 def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
@@ -208,7 +222,7 @@ def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
     return with_forward(module, lambda x, training: project(x, layer, training=training))
 
 
-def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:
+def replace_norm(module: Any, added: float = 0.0, ops: FusedOps | None = None) -> FastNorm | None:
     """The replacement of a norm, judged by its structure alone; None if it does not match.
 
     added: what is added to its weight.
@@ -216,9 +230,9 @@ def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float):
         return None
-    if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
+    if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"} or [*module.buffers()]:
         return None
-    return FastNorm(module, epsilon, added, fused_ops(weight))
+    return FastNorm(module, epsilon, added, ops or fused_ops(weight))
 
 
 def _has_dropout(module: nn.Module) -> bool:

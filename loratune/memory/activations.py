@@ -1,7 +1,7 @@
 """Runs one training step on fake tensors, which have no data, to find the most bytes that are allocated at once.
 
 The step runs on a copy of the model with the modules that training will use. `kernels.accelerated` accelerates its
-layers, by the list of checked layers alone; a placeholder computes for each quantized layer.
+layers, each compared alone; a placeholder computes for each quantized layer.
 """
 
 import copy

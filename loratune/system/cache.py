@@ -191,6 +191,8 @@ def _reason(error: OSError | RuntimeError) -> str:
 # Results of checks
 
 RESULTS = EntryKind(cache_directory, ".json", days=90, most=10_000)
+LAYERS = EntryKind(cache_directory, ".layer", days=90, most=10_000)
+"""Kinds of entries: what was found of a model, and of the layers of a family."""
 REFUSAL = str | None
 """The type of a kept reason, which is None where there is none."""
 
@@ -198,10 +200,11 @@ REFUSAL = str | None
 class KeptResults:
     """Results by name, in an entry of their own.
 
-    parts: what they depend on, as plain values; None: nothing is kept.
+    parts: what they depend on, as plain values; None: nothing is kept. of: the kind of the entry; None: `RESULTS`.
     """
 
-    def __init__(self, parts: Any = None):
+    def __init__(self, parts: Any = None, of: EntryKind | None = None):
+        self._given = of
         text = json.dumps(parts, sort_keys=True, default=_plain)
         self.key = hashlib.sha256(text.encode()).hexdigest() if parts is not None else ""
 
@@ -218,11 +221,15 @@ class KeptResults:
 
     def load(self) -> dict[str, Any]:
         """All results; empty if there are none."""
-        return dict(json.loads((RESULTS.read(self.key) if self.key else None) or b"{}"))
+        return dict(json.loads((self._of.read(self.key) if self.key else None) or b"{}"))
 
     def store(self, results: dict[str, Any]) -> str:
         """Replace all results. Returns why that is not possible, or an empty text."""
-        return RESULTS.write(self.key, json.dumps(results).encode()) if self.key else "their conditions are unknown"
+        return self._of.write(self.key, json.dumps(results).encode()) if self.key else "their conditions are unknown"
+
+    @property
+    def _of(self) -> EntryKind:
+        return self._given or RESULTS
 
 
 def _plain(value: Any) -> Any:

@@ -13,14 +13,14 @@ from typing import Any
 
 from loratune import __version__
 from loratune.system import accelerator, environment
-from loratune.system.cache import NOTHING_KEPT, KeptResults
+from loratune.system.cache import NOTHING_KEPT, EntryKind, KeptResults
 
 
-def kept_here(*parts: Any) -> KeptResults:
+def kept_here(*parts: Any, of: EntryKind | None = None) -> KeptResults:
     """Results that hold on this machine, for these versions of the libraries and of loratune, and for `parts`, which
-    are plain values. Nothing is kept if a package is installed without its metadata."""
+    are plain values. Nothing is kept if a package is installed without its metadata. of: see `KeptResults`."""
     try:
-        return KeptResults([_machine(), *parts])
+        return KeptResults([_machine(), *parts], of)
     except importlib.metadata.PackageNotFoundError:
         return NOTHING_KEPT
 
