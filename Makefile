@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest test-latest gpu-dry lint types unit unit-all release bench clean
+.PHONY: quickstart test test-all test-oldest test-latest lock gpu-dry lint types unit unit-all release bench clean
 
 quickstart: .venv/base.stamp
 	$(BIN)/loratune quickstart --overwrite
@@ -75,9 +75,23 @@ bench: .venv/base.stamp
 
 .venv/base.stamp: EXTRAS :=
 .venv/dev.stamp: EXTRAS := [dev]
-.venv/%.stamp: pyproject.toml scripts/tested.txt .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/tested.txt --editable '.$(EXTRAS)'
+# setuptools builds, and is of the lock as well: pip would take the newest one for an environment of its own.
+.venv/%.stamp: pyproject.toml scripts/lock.txt .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/lock.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/lock.txt --no-build-isolation \
+		--editable '.$(EXTRAS)'
 	touch $@
 
+# The newest versions that fit together, but for those held back, and the packages that builds of torch pin themselves.
+HELD = torch==2.13.0 transformers==5.25.0
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	printf '%s\n' $(HELD) setuptools | .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+		--fork-strategy fewest --extra dev --no-annotate --no-header --output-file .venv-lock/versions.txt pyproject.toml -
+	{ grep '^#' scripts/lock.txt; sed -E '/^(loratune|nvidia-.*|cuda-.*|triton)\b/d; s/\+[^ ]*//' .venv-lock/versions.txt; } \
+		> .venv-lock/lock.txt
+	mv .venv-lock/lock.txt scripts/lock.txt
+
 clean:
-	rm -rf .venv .venv-oldest .venv-latest .venv-release dist quickstart .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-latest .venv-lock .venv-release dist quickstart .mypy_cache .ruff_cache .pytest_cache
