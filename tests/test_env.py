@@ -295,10 +295,22 @@ def test_no_library_runs_code_from_the_hub(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_transformers_knows_of_no_kernels_as_a_base_is_loaded() -> None:
-    before = is_kernels_available()
+    before = is_kernels_available(), sys.modules.get("kernels")
     with hub_kernels.hidden():
         assert not is_kernels_available()
-    assert is_kernels_available() == before
+    assert (is_kernels_available(), sys.modules.get("kernels")) == before
+
+
+def test_threads_hide_the_package_until_the_last_is_done() -> None:
+    """Whichever ends first."""
+    before = sys.modules.get("kernels")
+    first, second = hub_kernels.hidden(), hub_kernels.hidden()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.modules["kernels"] is None and not is_kernels_available()
+    second.__exit__(None, None, None)
+    assert sys.modules.get("kernels") is before
 
 
 COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does not work (TimeoutExpired", "": ", "}
