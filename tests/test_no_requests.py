@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import yaml
 from conftest import Ran
 from running import MakeConfig
 
@@ -81,6 +82,15 @@ def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def task(folder: Path, rows: Path) -> Path:
+    """A task of the harness on these rows."""
+    files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}, "test_split": "test"}
+    texts = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{prompt}}{{completion}}"}
+    path = folder / "sums.yaml"
+    path.write_text(yaml.safe_dump({"task": "sums"} | files | texts))
+    return path
+
+
 def commands(config: Path, base: Path, folder: Path) -> list[list[object]]:
     """All commands that need no server."""
     adapter, rows = folder / "out", folder / "rows.jsonl"
@@ -90,6 +100,7 @@ def commands(config: Path, base: Path, folder: Path) -> list[list[object]]:
         ["train", config, "--set", "model.quantization=4bit", "--dry-run"], ["params", config], ["train", config],
         ["init", rows, "--model", base, "--output", folder / "made.yaml"],
         ["generate", *chosen, "1 and", "--max-new-tokens", 2], ["evaluate", *chosen, "--data", rows],
+        ["evaluate", *chosen, "--tasks", task(folder, rows)],
         ["report", *chosen, "--output", folder / "page.html"], ["merge", *chosen, "--output", folder / "merged"],
         ["export", *chosen, "--to", "peft", "--output", folder / "peft"],
     ]  # fmt: skip
