@@ -28,14 +28,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from loratune.api import libraries
 from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
+from loratune.system import hub_kernels
 from loratune.system.cache import RESULTS
 
-with libraries():  # of which bitsandbytes would ask the hub
+with hub_kernels.hidden_from_bitsandbytes():
     from loratune import memory
     from loratune.memory import activations
 
