@@ -91,7 +91,7 @@ def culprits(command: Sequence[str], failed: Collection[str], changed: Sequence[
     """
     newest, found = installed(), dict[str, str]()
     sets = [(f"{one.name} {one.newest} breaks", [f"{one.name}=={one.locked}"]) for one in changed]
-    if changed:
+    if len(changed) > 1:
         sets.append(("only several newer versions together break", [f"{one.name}=={one.locked}" for one in changed]))
     for what, requirements in sets:
         if open_tests := set(failed) - found.keys():
