@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest test-latest gpu-dry lint types unit unit-all release bench clean
+.PHONY: quickstart test test-all test-oldest test-latest lock gpu-dry lint types unit unit-all release bench clean
 
 quickstart: .venv/base.stamp
 	$(BIN)/loratune quickstart --overwrite
@@ -28,10 +28,8 @@ unit: .venv/dev.stamp
 unit-all: .venv/dev.stamp
 	$(PYTEST)
 
-# The oldest and the newest versions that pyproject.toml allows, in environments of their own: is everything undocumented
-# that we use there, and does a run do what it did? A module that cannot be imported does not hide the others' failures.
-# The newest transformers may also have changed layers, which are then not accelerated any more: the tests name them, and
-# `.venv-latest/bin/python scripts/check_layers.py --add` compares them with the kernels.
+# The oldest versions that pyproject.toml allows: is everything undocumented that we use there, and does a run do what it
+# did? A module that cannot be imported does not hide the others' failures.
 BOUNDS = tests/test_upstream_*.py tests/test_sweep.py tests/test_train.py
 test-oldest: BIN := .venv-oldest/bin
 test-oldest:
@@ -40,12 +38,13 @@ test-oldest:
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable '.[dev]'
 	$(PYTEST) -m "not slow" --continue-on-collection-errors $(BOUNDS)
 
+# Today's newest versions, as a user gets them, but where pip itself is told otherwise (PIP_CONSTRAINT, PIP_FIND_LINKS). What
+# fails is named with the package that breaks it, see scripts/newest_versions.py.
 test-latest: BIN := .venv-latest/bin
 test-latest:
-	$(PYTHON) -m venv .venv-latest
-	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
-	$(PYTEST) -m "not slow" --continue-on-collection-errors $(BOUNDS) tests/test_kernels.py
-	$(PYTEST) tests/test_recognition.py
+	$(PYTHON) -m venv --clear .venv-latest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python scripts/newest_versions.py env $(PYTEST) -m "not slow" --continue-on-collection-errors
 
 # The sdist and both wheels of the last commit, see scripts/build_release.py. The bytes depend on the commit, the gcc, and
 # scripts/release.txt.
@@ -75,9 +74,23 @@ bench: .venv/base.stamp
 
 .venv/base.stamp: EXTRAS :=
 .venv/dev.stamp: EXTRAS := [dev]
-.venv/%.stamp: pyproject.toml scripts/tested.txt .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/tested.txt --editable '.$(EXTRAS)'
+# setuptools builds, and is of the lock as well: pip would take the newest one for an environment of its own.
+.venv/%.stamp: pyproject.toml scripts/lock.txt .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/lock.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/lock.txt --no-build-isolation \
+		--editable '.$(EXTRAS)'
 	touch $@
 
+# The newest versions that fit together, but for those held back, and the packages that builds of torch pin themselves.
+HELD = torch==2.13.0 transformers==5.25.0
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	printf '%s\n' $(HELD) setuptools | .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+		--fork-strategy fewest --extra dev --no-annotate --no-header --output-file .venv-lock/versions.txt pyproject.toml -
+	{ grep '^#' scripts/lock.txt; sed -E '/^(loratune|nvidia-.*|cuda-.*|triton)\b/d; s/\+[^ ]*//' .venv-lock/versions.txt; } \
+		> .venv-lock/lock.txt
+	mv .venv-lock/lock.txt scripts/lock.txt
+
 clean:
-	rm -rf .venv .venv-oldest .venv-latest .venv-release dist quickstart .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-latest .venv-lock .venv-release dist quickstart .mypy_cache .ruff_cache .pytest_cache

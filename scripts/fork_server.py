@@ -246,6 +246,10 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
 
     The collector leaves alone what is there: to look at it would make a copy of most of its memory in each fork.
     """
+    from loratune.system import hub_kernels  # noqa: PLC0415
+
+    with hub_kernels.hidden_from_bitsandbytes():
+        import bitsandbytes  # noqa: F401, PLC0415
     import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 

@@ -28,13 +28,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from loratune import memory
 from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
-from loratune.memory import activations
+from loratune.system import hub_kernels
 from loratune.system.cache import LAYERS, RESULTS
+
+with hub_kernels.hidden_from_bitsandbytes():
+    from loratune import memory
+    from loratune.memory import activations
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.

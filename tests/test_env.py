@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ def test_the_page(cli: Cli) -> None:
     assert ran.code == 0, ran.err
     sections = [line for line in ran.out.splitlines() if not line.startswith(" ")]
     assert sections[:5] == ["program", "packages", "processor", "compiled code", "GPU"]
-    assert f"torch {torch.__version__}" in " ".join(ran.out.split())
+    assert f"torch {version('torch')}" in " ".join(ran.out.split())
     facts = json.loads(cli("env", "--json").out)
     assert "self_test" not in facts and facts["program"]["loratune"]["value"].startswith(loratune.__version__)
     assert facts["GPU"]["GPU"]["value"] == "none; training runs on the CPU"
@@ -295,10 +295,22 @@ def test_no_library_runs_code_from_the_hub(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_transformers_knows_of_no_kernels_as_a_base_is_loaded() -> None:
-    before = is_kernels_available()
+    before = is_kernels_available(), sys.modules.get("kernels")
     with hub_kernels.hidden():
         assert not is_kernels_available()
-    assert is_kernels_available() == before
+    assert (is_kernels_available(), sys.modules.get("kernels")) == before
+
+
+def test_threads_hide_the_package_until_the_last_is_done() -> None:
+    """Whichever ends first."""
+    before = sys.modules.get("kernels")
+    first, second = hub_kernels.hidden(), hub_kernels.hidden()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.modules["kernels"] is None and not is_kernels_available()
+    second.__exit__(None, None, None)
+    assert sys.modules.get("kernels") is before
 
 
 COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does not work (TimeoutExpired", "": ", "}

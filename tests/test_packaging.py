@@ -23,6 +23,8 @@ import typer
 import write_reference
 import yaml
 from conftest import ROOT, problem_text
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import Field
 from setuptools.errors import OptionError
 from typer.core import TyperGroup
@@ -49,6 +51,20 @@ NOTEBOOKS = ("configs/quickstart/quickstart.ipynb",)
 
 
 # Dependencies
+
+
+def test_the_lock_has_a_version_for_each_requirement() -> None:
+    """And no addresses, hashes or builds, which other machines would not find."""
+    lines = (ROOT / "scripts" / "lock.txt").read_text(encoding="utf-8").splitlines()
+    locked = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert not [one for one in locked if one.url or not re.fullmatch(r"==[0-9a-z.]+", str(one.specifier))]
+    versions = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in locked}
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"]]
+    for extra in ("dev", *extras["dev"][0].removeprefix("loratune[").removesuffix("]").split(",")):
+        needed += [line for line in extras[extra] if not line.startswith("loratune[")]
+    for one in map(Requirement, needed):
+        assert one.specifier.contains(versions[canonicalize_name(one.name)]), one
 
 
 def deptry(*arguments: object) -> subprocess.CompletedProcess[str]:

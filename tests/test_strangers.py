@@ -151,13 +151,13 @@ def test_repository_may_refer_to_its_own_code(
 
 
 def test_hub_kernels_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
-    """transformers reads the kernel's name from config.json, even without trust_remote_code."""
-    base = tmp_path / "base"
+    """transformers reads the names of kernels from config.json, even without trust_remote_code."""
+    base, named = tmp_path / "base", {"attn_implementation": "other/kernel", "experts_implementation": "sonicmoe"}
     shutil.copytree(tiny_dir, base)
-    add(base / "config.json", {"attn_implementation": "other/kernel"})
+    add(base / "config.json", named)
     ran = cli("params", run_config(model={"name_or_path": str(base)}))
-    check_refused(ran, 3, (Code.MODEL_FOREIGN_CODE, str(base), "attn_implementation"))
-    assert "other/kernel" in ran.err
+    check_refused(ran, 3, *((Code.MODEL_FOREIGN_CODE, str(base), key) for key in named))
+    assert "other/kernel" in ran.err and "sonicmoe" in ran.err
 
 
 # Files that were added to an adapter

@@ -17,6 +17,17 @@ def test_datasets_cache_dir() -> None:
     assert upstream.datasets_cache_dir() == Path(datasets.config.HF_DATASETS_CACHE)
 
 
+def test_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("session"))
+    with upstream.uncounted():
+        datasets.load.increase_load_count("json")
+    assert asked == []
+    datasets.load.increase_load_count("json")
+    assert asked == ["session"]
+
+
 def test_hub_dataset_cache_is_where_load_dataset_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` keeps the owner unchanged in the names of cached hub datasets, and writes the name in snake case."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

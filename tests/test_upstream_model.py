@@ -35,6 +35,11 @@ def test_attention() -> None:
     assert upstream.attention(LlamaConfig()) is None
 
 
+def test_experts() -> None:
+    assert upstream.experts(LlamaConfig(experts_implementation="sonicmoe")) == "sonicmoe"
+    assert upstream.experts(LlamaConfig()) is None
+
+
 def test_compile_chat_template() -> None:
     """It knows what chat templates use beyond plain Jinja, and computes no constants."""
     source = (

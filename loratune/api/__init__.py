@@ -18,7 +18,6 @@ are found without them.
 import atexit
 import gc
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -70,25 +69,13 @@ def assignments(overrides: Overrides) -> list[str]:
 
 
 @contextmanager
-def _silenced(library: str) -> Iterator[None]:
-    """Inside, a library does not log what is missing for features that loratune does not use."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
 def libraries() -> Iterator[None]:
     """A context for importing libraries. Their stdout goes to stderr; transformers prints if WANDB_MODE is offline.
 
     bitsandbytes loads no compiled code from the hub. The garbage collector is disabled inside, and afterwards ignores
     the million permanent objects that imports create.
     """
-    with turns.stdout_to(sys.stderr), _silenced("bitsandbytes"), hub_kernels.hidden_from_bitsandbytes():
+    with turns.stdout_to(sys.stderr), hub_kernels.hidden_from_bitsandbytes():
         if "transformers" in sys.modules:  # little is left to import
             yield
             return

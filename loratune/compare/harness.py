@@ -32,6 +32,7 @@ from loratune.compare import requirements
 from loratune.compare.metrics import ADAPTER, BASE
 from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import MEAN, OPTION, TaskMetric, TaskResults, compare_metric, is_path
+from loratune.data.upstream import uncounted
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
 from loratune.events import note
 from loratune.kernels import length_limits
@@ -266,10 +267,10 @@ def _number(value: Any) -> float | None:
 @contextmanager
 def contained() -> Iterator[None]:
     """Isolate the harness inside: what it prints goes to the debug log, it starts no processes, and tasks draw the same
-    rows every time; random states and environment variables are restored afterwards."""
+    rows every time, and no server counts them; random states and environment variables are restored afterwards."""
     printed = io.StringIO()
     try:
-        with kept_environment(), kept_random_states(), turns.stdout_to(printed), redirect_stderr(printed):
+        with kept_environment(), kept_random_states(), uncounted(), turns.stdout_to(printed), redirect_stderr(printed):
             os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)

@@ -22,6 +22,7 @@ from loratune.model import checks, load, tensor_files
 from loratune.model.quantization import remove_record
 from loratune.model.source import local_or_hub
 from loratune.model.upstream import quiet_transformers
+from loratune.system import hub_kernels
 from loratune.system.files import write_json
 from loratune.text import markdown
 
@@ -153,7 +154,8 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     del loaded
     with progress("loading the merged model"):
         settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "use_kernels": False}
-        merged = loader.from_pretrained(staging, **settings)
+        with hub_kernels.hidden():
+            merged = loader.from_pretrained(staging, **settings)
         merged = merged.eval().to(device)
     found = _logits(merged, ids, "the merged model")
     return {

@@ -345,18 +345,27 @@ def check_files(files: Iterable[Path], own: str = "") -> None:
         raise ModelError(problems)
 
 
+_OWN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+"""Implementations of experts that are not downloaded."""
+
+
 def check_hub_kernels(config: Any, where: str) -> None:
     """Check that a model's configuration names no kernel of the hub.
 
     Raises:
-        ModelError: It names one.
+        ModelError: With every kernel that it names.
     """
     parts = [("", config), *((f"{name}.", vars(config).get(name)) for name in config.sub_configs)]
+    kernels = dict[str, str]()
     for prefix, part in parts:
-        kernel = upstream.attention(part) if part is not None else None
-        if isinstance(kernel, str) and "/" in kernel:
-            what, key = f"names a kernel of another repository, {kernel}", f"{prefix}attn_implementation"
-            raise ModelError(Problem(Code.MODEL_FOREIGN_CODE, what, where, key, "take it out of config.json"))
+        if part is not None and "/" in str(attention := upstream.attention(part)):
+            kernels[f"{prefix}attn_implementation"] = attention
+        if part is not None and (experts := upstream.experts(part)) not in _OWN_EXPERTS:
+            kernels[f"{prefix}experts_implementation"] = experts
+    if kernels:
+        what, fix = "names a kernel of another repository, {}", "take it out of config.json"
+        found = [Problem(Code.MODEL_FOREIGN_CODE, what.format(one), where, key, fix) for key, one in kernels.items()]
+        raise ModelError(found)
 
 
 def _code_names(

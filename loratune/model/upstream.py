@@ -18,6 +18,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
     disable_progress_bars,
 )
 
+from loratune.system import hub_kernels
+
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +29,11 @@ def attention(config: Any) -> Any:
     transformers documents `attn_implementation` as an argument only, and keeps it under a private name.
     """
     return config._attn_implementation
+
+
+def experts(config: Any) -> Any:
+    """The implementation of experts that a configuration asks for, which is kept as `attention` is."""
+    return config._experts_implementation
 
 
 def is_trainable(record: Mapping[str, Any]) -> bool:
@@ -92,7 +99,8 @@ def bitsandbytes_lacks() -> str:
     Its import succeeds without its native library, which then is a stand-in that fails at the first call.
     """
     try:
-        extension = importlib.import_module("bitsandbytes.cextension")
+        with hub_kernels.hidden_from_bitsandbytes():
+            extension = importlib.import_module("bitsandbytes.cextension")
     except Exception as error:  # a library that does not load, a version that does not fit torch
         return f"bitsandbytes cannot be imported ({error})"
     if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
