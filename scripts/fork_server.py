@@ -8,6 +8,7 @@ signal that killed it. The parent computes nothing while it serves, so that a fo
 through anything. `ForkServer` is the other end of it, for tests and scripts.
 """
 
+import ctypes
 import gc
 import io
 import json
@@ -25,6 +26,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+LIMIT = 240
+"""The seconds within which the server has run its warm commands and answers; on a busy machine it takes half a minute.
+"""
+PR_SET_PDEATHSIG = 1
+"""Of `man 2 prctl`: the signal that a process gets when the one that started it has ended."""
 
 
 @dataclass
@@ -117,7 +124,11 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
+        end = time.monotonic() + LIMIT
         while not self._started:
+            if time.monotonic() > end:
+                self._process.kill()
+                raise TimeoutError(f"the fork server has started nothing for {LIMIT} s")
             self.listen(1)
         child = Child(self, self._started.pop(), err, out)
         self._children.append(child)
@@ -155,7 +166,11 @@ class ForkServer:
             child.send(signal.SIGKILL)
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
 
 
 def launch_variables(rank: int, count: int, port: str) -> dict[str, str]:
@@ -205,6 +220,8 @@ def born(order: dict[str, Any]) -> int:
     if child := os.fork():
         return child
     os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the server
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.close(0)

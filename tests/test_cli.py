@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import Expected, Ran, check_refused, meanings, tree
+from conftest import Expected, Ran, check_refused, meanings, run_command, tree
 from running import Cli, MakeConfig
 from typer.testing import CliRunner
 
@@ -47,7 +47,7 @@ def imported(*commands: Sequence[object]) -> tuple[list[Ran], set[str]]:
     """Runs commands one after another in a new process. Also returns which of the heavy libraries they imported."""
     arguments = json.dumps([[str(word) for word in command] for command in commands])
     command = [sys.executable, "-c", IN_ONE_PROCESS, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = run_command(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     ran, heavy = json.loads(done.stdout.splitlines()[-1])
     return [Ran(*one) for one in ran], set(heavy)
 
@@ -194,7 +194,7 @@ def test_generate_without_a_prompt_is_refused(cli: Cli, stdin: str) -> None:
 @pytest.mark.parametrize("closed", [False, True], ids=["at its end", "closed"])
 def test_generate_with_a_closed_or_empty_stdin_is_refused(closed: bool) -> None:
     shell = f'"{sys.executable}" -m loratune generate --adapter x {"<&-" if closed else "</dev/null"}'
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    done = run_command(["bash", "-c", shell], capture_output=True, text=True, check=False)
     check_refused(Ran(done.returncode, done.stdout, done.stderr), 4, (Code.USAGE_NO_PROMPT, "", ""))
     assert done.stdout == "" and done.stderr.count("\n") == 1
 
@@ -507,5 +507,5 @@ def test_resume_does_not_replace_an_adapter_that_appeared_meanwhile(tmp_path: Pa
 def test_a_closed_stdout_is_not_an_error(command: str, run_config: MakeConfig) -> None:
     words = f"{command} {run_config()}" if command == "params" else command
     line = f'"{sys.executable}" -m loratune {words} | true; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    done = run_command(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
