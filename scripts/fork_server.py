@@ -11,6 +11,7 @@ through anything. `ForkServer` is the other end of it, for tests and scripts.
 import ctypes
 import gc
 import io
+import itertools
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,7 @@ class ForkServer:
 
     def launch(self, count: int, *arguments: object, each: Sequence[dict[str, Any]] = ()) -> list[Child]:
         """Start the processes of one run, with the variables that torchrun sets. each: more keywords of `start`."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         more: Sequence[dict[str, Any]] = each or [{}] * count
         variables = [launch_variables(rank, count, port) for rank in range(count)]
         return [self.start(*arguments, **own | further) for own, further in zip(variables, more, strict=True)]
@@ -171,6 +170,19 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(10)
+
+
+_PORTS = itertools.count()
+
+
+def free_port() -> int:
+    """A port that nobody has. The kernel gives none of this range to others, and other processes try others first."""
+    while True:
+        port = 20_000 + (os.getpid() * 64 + next(_PORTS)) % 10_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def launch_variables(rank: int, count: int, port: str) -> dict[str, str]:

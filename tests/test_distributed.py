@@ -36,7 +36,7 @@ from conftest import (
     tiny_llama,
     write_rows,
 )
-from fork_server import Child, ForkServer, launch_variables
+from fork_server import Child, ForkServer, free_port, launch_variables
 from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
@@ -49,7 +49,7 @@ from loratune.training.processes import DistributedGroup
 
 pytestmark = pytest.mark.distributed
 
-SOON = 20  # seconds within which all processes have ended after one has, with a margin for a busy machine
+SOON = 60  # seconds within which all processes have ended after one has, with a margin for a busy machine
 UNEVEN = [
     {"prompt": "q" * (7 * number % 29 + 1), "completion": " " + "ab" * (5 * number % 13 + 1)} for number in range(45)
 ]
@@ -415,9 +415,7 @@ def test_a_process_that_dies_before_joining_ends_the_run(
 
 def test_a_signal_ends_the_wait_for_a_missing_process(processes: ForkServer, run_config: MakeConfig) -> None:
     """torch waits for it in a call that runs no Python signal handlers, so the signal itself ends the process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     child = processes.start("train", run_config(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
 
@@ -444,7 +442,7 @@ def test_device_map_auto_requires_a_single_process(processes: ForkServer, run_co
 def test_a_wrong_command_line_is_reported_once(processes: ForkServer) -> None:
     children = processes.launch(2, "train", "--nonsense")
     assert ended(children) == [2, 2]
-    assert "No such option" in children[0].said() and children[1].said() == ""
+    assert "--nonsense" in children[0].said() and children[1].said() == ""
 
 
 def test_other_commands_require_a_single_process(processes: ForkServer, run_config: MakeConfig) -> None:

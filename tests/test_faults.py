@@ -290,14 +290,37 @@ def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, pro
     assert {path.name for path in tmp_path.iterdir()} - before <= {"run.yaml", "rows.jsonl"}
 
 
+WHILE_LOADING = """
+import os, signal, threading
+from transformers import AutoModelForCausalLM as Auto
+load = Auto.from_pretrained
+def interrupted(*arguments, **keywords):
+    {}
+    return load(*arguments, **keywords)
+Auto.from_pretrained = interrupted
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"),
+    [
+        ("tiny_dir", "signal.raise_signal(signal.SIGTERM)"),
+        pytest.param(  # which takes seconds to load
+            "smollm2", "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",
+            marks=[pytest.mark.slow, pytest.mark.real_model],
+        ),
+    ],
+)  # fmt: skip
 def test_sigterm_while_the_model_is_loaded(
-    run_config: MakeConfig, tmp_path: Path, smollm2: Path, processes: ForkServer
+    name: str,
+    statement: str,
+    run_config: MakeConfig,
+    tmp_path: Path,
+    processes: ForkServer,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Loading takes seconds."""
-    running = processes.start("train", run_config(model={"name_or_path": str(smollm2)}))
-    until((tmp_path / "out.partial").exists, running)
-    time.sleep(0.5)
-    running.send(signal.SIGTERM)
+    config = run_config(model={"name_or_path": str(request.getfixturevalue(name))})
+    running = processes.start("train", config, first=WHILE_LOADING.format(statement))
     assert running.wait() == 143 and running.said().splitlines()[-1].startswith("error: terminated"), running.said()
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists(), running.said()
 

@@ -380,7 +380,7 @@ def test_the_lines_stop_a_run_after_its_first_checkpoint(run: str, expected: lis
     run = run.format("spot-adapter.partial/checkpoints")
     script = f"loratune() {{ {run}; }}\n{start}\n{stop}\necho $?\n"
     done = run_command(
-        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=20
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )  # fmt: skip
     assert done.stdout.split() == expected
 
