@@ -282,6 +282,7 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
     import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
     import loratune.cli.display  # noqa: PLC0415
     import loratune.cli.terminal  # noqa: PLC0415
+    import loratune.compare.behavior  # noqa: PLC0415
     import loratune.compare.evaluation  # noqa: PLC0415
     import loratune.memory.activations  # noqa: PLC0415
     import loratune.study.sweep  # noqa: PLC0415
@@ -290,6 +291,8 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
 
     if folder := os.environ.get("SHARED_TRACES"):
         loratune.memory.activations._TRACED = SharedTraces(Path(folder))
+    if path := os.environ.get("FEW_INSTRUCTIONS"):
+        loratune.compare.behavior.INSTRUCTIONS = Path(path)
     loratune.cli.terminal.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
     get_checkpoint_conversion_mapping("llama")
     for command in warm:

@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 from loratune import memory
 from loratune.cli import app, terminal
 from loratune.codes import Code
+from loratune.compare import behavior
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
 from loratune.memory import activations
@@ -43,6 +44,7 @@ LIMIT = 240.0
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["LORATUNE_VERBOSE"] = "1"  # most tests look at choices, reasons and single steps
+INSTRUCTIONS = behavior.INSTRUCTIONS
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -218,6 +220,28 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SHARED_TRACES", str(path))
         patch.setattr(activations, "_TRACED", SharedTraces(path))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_everyday_instructions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compare the answers to six everyday instructions after a run, as many as are shown. All of them take a third of
+    the time of a short run; tests about them use `all_instructions`."""
+
+    def make(folder: Path) -> None:
+        lines = behavior.INSTRUCTIONS.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "instructions.txt").write_text("".join(lines[: behavior.SHOWN]), encoding="utf-8")
+
+    path = once(tmp_path_factory, "instructions", make) / "instructions.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEW_INSTRUCTIONS", str(path))
+        patch.setattr(behavior, "INSTRUCTIONS", path)
+        yield
+
+
+@pytest.fixture
+def all_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use all everyday instructions, see `_few_everyday_instructions`."""
+    monkeypatch.setattr(behavior, "INSTRUCTIONS", INSTRUCTIONS)
 
 
 @contextmanager
