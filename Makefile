@@ -19,14 +19,16 @@ lint: .venv/dev.stamp
 types: .venv/dev.stamp
 	$(BIN)/mypy
 
-# Tests are shared out among processes of one thread each, and whoever is done takes from the others.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 20
+# Tests are shared out among processes of one thread each, and whoever is done takes from the others. A test that takes
+# more than 5 minutes fails, a run of more than 25 ends, and what failed is named last, see scripts/run_tests.py.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python scripts/run_tests.py --numprocesses logical --maxprocesses 4 \
+	--dist worksteal --durations 20
 
 unit: .venv/dev.stamp
 	$(PYTEST) -m "not slow"
 
 unit-all: .venv/dev.stamp
-	$(PYTEST)
+	$(PYTEST) --limit 1200 --whole 7200
 
 # The oldest versions that pyproject.toml allows: is everything undocumented that we use there, and does a run do what it
 # did? A module that cannot be imported does not hide the others' failures.

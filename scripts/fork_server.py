@@ -8,8 +8,10 @@ signal that killed it. The parent computes nothing while it serves, so that a fo
 through anything. `ForkServer` is the other end of it, for tests and scripts.
 """
 
+import ctypes
 import gc
 import io
+import itertools
 import json
 import os
 import resource
@@ -21,10 +23,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+LIMIT = 240
+"""The seconds within which the server has run its warm commands and answers; on a busy machine it takes half a minute.
+"""
+PR_SET_PDEATHSIG = 1
+"""Of `man 2 prctl`: the signal that a process gets when the one that started it has ended."""
 
 
 @dataclass
@@ -117,7 +125,11 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
+        end = time.monotonic() + LIMIT
         while not self._started:
+            if time.monotonic() > end:
+                self._process.kill()
+                raise TimeoutError(f"the fork server has started nothing for {LIMIT} s")
             self.listen(1)
         child = Child(self, self._started.pop(), err, out)
         self._children.append(child)
@@ -125,9 +137,7 @@ class ForkServer:
 
     def launch(self, count: int, *arguments: object, each: Sequence[dict[str, Any]] = ()) -> list[Child]:
         """Start the processes of one run, with the variables that torchrun sets. each: more keywords of `start`."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         more: Sequence[dict[str, Any]] = each or [{}] * count
         variables = [launch_variables(rank, count, port) for rank in range(count)]
         return [self.start(*arguments, **own | further) for own, further in zip(variables, more, strict=True)]
@@ -155,7 +165,24 @@ class ForkServer:
             child.send(signal.SIGKILL)
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+
+
+_PORTS = itertools.count()
+
+
+def free_port() -> int:
+    """A port that nobody has. The kernel gives none of this range to others, and other processes try others first."""
+    while True:
+        port = 20_000 + (os.getpid() * 64 + next(_PORTS)) % 10_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def launch_variables(rank: int, count: int, port: str) -> dict[str, str]:
@@ -205,6 +232,8 @@ def born(order: dict[str, Any]) -> int:
     if child := os.fork():
         return child
     os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the server
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.close(0)
@@ -257,6 +286,7 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
     import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
     import loratune.cli.display  # noqa: PLC0415
     import loratune.cli.terminal  # noqa: PLC0415
+    import loratune.compare.behavior  # noqa: PLC0415
     import loratune.compare.evaluation  # noqa: PLC0415
     import loratune.memory.activations  # noqa: PLC0415
     import loratune.study.sweep  # noqa: PLC0415
@@ -265,6 +295,8 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
 
     if folder := os.environ.get("SHARED_TRACES"):
         loratune.memory.activations._TRACED = SharedTraces(Path(folder))
+    if path := os.environ.get("FEW_INSTRUCTIONS"):
+        loratune.compare.behavior.INSTRUCTIONS = Path(path)
     loratune.cli.terminal.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
     get_checkpoint_conversion_mapping("llama")
     for command in warm:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 from loratune.cli import app, terminal
 from loratune.codes import Code
+from loratune.compare import behavior
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
 from loratune.system import hub_kernels
@@ -40,10 +41,13 @@ with hub_kernels.hidden_from_bitsandbytes():
     from loratune.memory import activations
 
 ROOT = Path(__file__).parent.parent
+LIMIT = 240.0
+"""The seconds that anything in a test may wait for a process: less than a test may take, see `scripts/run_tests.py`."""
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["LORATUNE_VERBOSE"] = "1"  # most tests look at choices, reasons and single steps
+INSTRUCTIONS = behavior.INSTRUCTIONS
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -230,6 +234,28 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_everyday_instructions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compare the answers to six everyday instructions after a run, as many as are shown. All of them take a third of
+    the time of a short run; tests about them use `all_instructions`."""
+
+    def make(folder: Path) -> None:
+        lines = behavior.INSTRUCTIONS.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "instructions.txt").write_text("".join(lines[: behavior.SHOWN]), encoding="utf-8")
+
+    path = once(tmp_path_factory, "instructions", make) / "instructions.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEW_INSTRUCTIONS", str(path))
+        patch.setattr(behavior, "INSTRUCTIONS", path)
+        yield
+
+
+@pytest.fixture
+def all_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use all everyday instructions, see `_few_everyday_instructions`."""
+    monkeypatch.setattr(behavior, "INSTRUCTIONS", INSTRUCTIONS)
+
+
 @contextmanager
 def formula_for_memory() -> Iterator[None]:
     """Inside, memory is estimated by the formula for models that cannot be traced. For tests that are about something
@@ -331,7 +357,7 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct, fetched by the script that the quickstart uses."""
     path = ROOT / "models" / "SmolLM2-135M-Instruct"
     with alone("smollm2"):
-        subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", path], check=True)
+        run_command([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", path], check=True)
     return path
 
 
@@ -352,12 +378,55 @@ def cli() -> Callable[..., Ran]:
     return run
 
 
+class Process(subprocess.Popen[Any]):
+    """A process for which every wait ends: after a limit it is killed with all of its process group."""
+
+    def __init__(self, command: Sequence[object], **options: Any):
+        """Start a command. options: those of `subprocess.Popen`."""
+        options |= {} if options.get("start_new_session") else {"process_group": 0}
+        super().__init__([*map(str, command)], **options)
+
+    def wait(self, timeout: float | None = LIMIT) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired: it took longer than the limit, and was killed."""
+        with self._killed_if_it_fails():
+            return super().wait(timeout)
+
+    def communicate(self, input: Any = None, timeout: float | None = LIMIT) -> tuple[Any, Any]:
+        """What it prints until it ends. Raises subprocess.TimeoutExpired: as in `wait`."""
+        with self._killed_if_it_fails():
+            return super().communicate(input, timeout)
+
+    @contextmanager
+    def _killed_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if self.poll() is None:
+                os.killpg(self.pid, signal.SIGKILL)
+            raise
+
+
+def run_command(
+    command: Sequence[object], *, input: str | bytes | None = None, timeout: float = LIMIT, **options: Any
+) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run` with a limit of time, after which all that the command has started is killed too."""
+    check = options.pop("check", False)
+    if options.pop("capture_output", False):
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    with Process(command, **options) as child:
+        out, err = child.communicate(input, timeout)
+    done = subprocess.CompletedProcess(child.args, child.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
 def process(*arguments: object, **environment: str) -> Ran:
     """Runs `python -m loratune ARGS` as a process of its own."""
     command = [sys.executable, "-m", "loratune", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, stdin=subprocess.DEVNULL, check=False
-    )
+    done = run_command(command, capture_output=True, text=True, env=os.environ | environment, stdin=subprocess.DEVNULL)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import Ran
+from conftest import Process, Ran
 from fork_server import Child, ForkServer
 
 from loratune.training.checkpoints.store import CheckpointRecord
@@ -30,13 +29,18 @@ RESTLESS: dict[str, Any] = {
 LONG: dict[str, Any] = {"training": {"num_train_epochs": 500, "save_steps": 1000}}
 
 
-def until(seen: Callable[[], Any], child: Child, pause: float = 0.002) -> None:
+def until(seen: Callable[[], Any], child: Child, pause: float = 0.002, seconds: float = 120) -> None:
+    """Wait until something is seen, while a process runs; it is killed if it is not seen within these seconds."""
+    end = time.monotonic() + seconds
     while not seen():
         assert child.poll() is None, child.said()
+        if time.monotonic() > end:
+            child.send(signal.SIGKILL)
+            raise TimeoutError(child.said())
         time.sleep(pause)
 
 
-def handles(child: "Child | subprocess.Popen[str]", number: signal.Signals) -> bool:
+def handles(child: Child | Process, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal. Every command has one from its start on."""
     status = Path(f"/proc/{child.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
@@ -119,7 +123,7 @@ def stopped(cli: Cli, partial: Path, *arguments: object, number: int = 2) -> Ran
         return cli(*arguments)
     finally:
         over.set()
-        watcher.join()
+        watcher.join(60)
 
 
 def run_record() -> CheckpointRecord:

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PLAIN, ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, tree, write_rows
+from conftest import PLAIN, ROWS, Process, Ran, check_refused, is_problem, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
@@ -536,7 +535,7 @@ attach.save(model, out / "ours", start)
 def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: ForkServer) -> None:
     """For an untrained adapter; `test_train.py` tests whole runs. The fork server has seed 2."""
     command = [sys.executable, "-c", HASHED, str(tmp_path / "1")]
-    first = subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": "1"})
+    first = Process(command, env=os.environ | {"PYTHONHASHSEED": "1"})
     second = processes.start(tmp_path / "2", first=f"{HASHED}\nsys.exit()")
     assert [first.wait(), second.wait()] == [0, 0], second.said()
     assert tree(tmp_path / "1" / "ours") == tree(tmp_path / "2" / "ours")

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import check_refused, process, tiny_llama
+from conftest import check_refused, process, run_command, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from running import Cli, MakeConfig
@@ -103,7 +102,7 @@ def test_the_command_needs_neither_the_base_nor_peft(tmp_path: Path, cli: Cli, f
     assert lines[1].split() == ["base", "/gone/base"]
     assert lines[2] == "rank     8, lora_alpha 8, scaling 1"
     assert lines[5].split()[:6] == ["model.layers.*.self_attn.o_proj", "2", "32", "→", "32", "8"]
-    assert subprocess.run([sys.executable, "-c", "import peft"], env=os.environ | settings, check=False).returncode == 1
+    assert run_command([sys.executable, "-c", "import peft"], env=os.environ | settings, check=False).returncode == 1
     values = json.loads(cli("params", "--adapter", tmp_path / "adapter", "--json").out)
     assert (values["base"], values["r"], values["parameters"]) == ("/gone/base", 8, 2 * 8 * (64 + 48 + 64))
     assert values["targets"]["q_proj"] == ["model.layers.*.self_attn.q_proj"]

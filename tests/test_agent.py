@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, ROWS, Ran, check_printed, printed_schema, tree, write_rows
+from conftest import ROOT, ROWS, Ran, check_printed, printed_schema, run_command, tree, write_rows
 from jsonschema import Draft202012Validator, ValidationError
 from test_packaging import broken_links
 from typer.main import get_command
@@ -173,7 +172,7 @@ with signals.exit_on_signals():
 def test_a_signal_while_the_program_loads_is_an_error_in_json(number: int, code: int, what: Code) -> None:
     for words, is_json in ((["env", "--json"], True), (["generate", "--", "--json"], False)):
         command = [sys.executable, "-c", EARLY, str(number), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_command(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (code, "")
         if is_json:
             failure = json.loads(done.stderr)
@@ -198,7 +197,7 @@ import loratune.__main__
 
 def test_an_interrupt_before_the_handlers_are_installed_is_an_error_in_json() -> None:
     for words in (["env", "--json"], ["env"]):
-        done = subprocess.run([sys.executable, "-c", EARLIER, *words], capture_output=True, text=True, check=False)
+        done = run_command([sys.executable, "-c", EARLIER, *words], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (130, "")
         if "--json" in words:
             failure = {"exit_code": 130, "errors": [Problem(Code.INTERRUPTED, "interrupted").to_dict()]}

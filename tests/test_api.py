@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -16,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROWS, meanings, write_rows
+from conftest import ROWS, meanings, run_command, write_rows
 from datasets import Dataset
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from running import WEIGHTS, Cli, MakeConfig
@@ -61,7 +60,7 @@ def adapter(config: loratune.RunConfig, events: list[loratune.Event]) -> loratun
 
 def test_importing_loratune_does_not_import_torch() -> None:
     code = "import sys, loratune; print(sorted({'torch', 'pydantic', 'typer', 'rich'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_command([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
@@ -73,7 +72,7 @@ def test_what_was_frozen_is_collected_at_the_end_of_a_program(folder: Path, conf
         f"import atexit, gc, loratune; atexit.register(lambda: {told});"  # called last
         f"loratune.count_parameters(loratune.load_config({str(folder / 'run.yaml')!r})); {told}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_command([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\nFalse\n"
 
 

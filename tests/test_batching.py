@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, write_rows
+from conftest import Ran, mainly, write_rows
 from test_kernels import SHAPE, adapted
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -162,8 +162,16 @@ OBJECTIVES: dict[str, tuple[Sequence[int], Callable[[TokenizedDataset], Objectiv
 }
 
 
-@pytest.mark.parametrize(("way", "fast"), [("padded", False), ("padded", True), ("flat", True), ("tree", True)])
-@pytest.mark.parametrize("name", OBJECTIVES)
+WAYS = (("padded", False), ("padded", True), ("flat", True), ("tree", True))
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "fast"),
+    mainly(
+        [*(("sft", *way) for way in WAYS), ("dpo", "flat", True), ("dpo", "tree", True), ("kto", "padded", True)],
+        ((name, *way) for name in OBJECTIVES for way in WAYS),
+    ),
+)
 def test_batching_does_not_change_the_loss_of_an_item(name: str, way: str, fast: bool) -> None:
     sides, objective_of = OBJECTIVES[name]
     dataset = made(sides)

@@ -22,6 +22,8 @@ from loratune.kernels.upstream import TorchDispatchMode, tree_leaves
 from loratune.statistics import Interval
 from loratune.training import time_budget
 
+pytestmark = pytest.mark.usefixtures("all_instructions")
+
 Run = Callable[..., Ran]
 TRAINED = {"learning_rate": 0.02, "max_steps": 20}
 

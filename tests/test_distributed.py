@@ -24,8 +24,19 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT, byte_tokenizer, config_in, is_problem, mainly, problem_text, tiny_llama, write_rows
-from fork_server import Child, ForkServer, launch_variables
+from conftest import (
+    ROOT,
+    Process,
+    byte_tokenizer,
+    config_in,
+    is_problem,
+    mainly,
+    problem_text,
+    run_command,
+    tiny_llama,
+    write_rows,
+)
+from fork_server import Child, ForkServer, free_port, launch_variables
 from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
@@ -38,7 +49,7 @@ from loratune.training.processes import DistributedGroup
 
 pytestmark = pytest.mark.distributed
 
-SOON = 20  # seconds within which all processes have ended after one has, with a margin for a busy machine
+SOON = 60  # seconds within which all processes have ended after one has, with a margin for a busy machine
 UNEVEN = [
     {"prompt": "q" * (7 * number % 29 + 1), "completion": " " + "ab" * (5 * number % 13 + 1)} for number in range(45)
 ]
@@ -404,9 +415,7 @@ def test_a_process_that_dies_before_joining_ends_the_run(
 
 def test_a_signal_ends_the_wait_for_a_missing_process(processes: ForkServer, run_config: MakeConfig) -> None:
     """torch waits for it in a call that runs no Python signal handlers, so the signal itself ends the process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     child = processes.start("train", run_config(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
 
@@ -433,7 +442,7 @@ def test_device_map_auto_requires_a_single_process(processes: ForkServer, run_co
 def test_a_wrong_command_line_is_reported_once(processes: ForkServer) -> None:
     children = processes.launch(2, "train", "--nonsense")
     assert ended(children) == [2, 2]
-    assert "No such option" in children[0].said() and children[1].said() == ""
+    assert "--nonsense" in children[0].said() and children[1].said() == ""
 
 
 def test_other_commands_require_a_single_process(processes: ForkServer, run_config: MakeConfig) -> None:
@@ -521,7 +530,7 @@ def test_resuming_on_another_number_of_processes(processes: ForkServer, run_conf
 def test_launchers_of_the_readme(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name(launcher[0])
     command = [program, *launcher[1:], "-m", "loratune", "train", run_config()]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    done = run_command([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("? better than its base: ")
     assert (tmp_path / "out" / WEIGHTS).is_file()
@@ -546,12 +555,12 @@ def test_torchrun_sets_the_variables_that_tests_set(tmp_path: Path) -> None:
 # A sharded base
 
 
-def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Popen[str]":
+def spread(how: str, config: Path, out: Path, *arguments: str) -> Process:
     """Runs with the shipped config file, on two CPUs."""
     program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     started = ["-m", "loratune"] if how == "zero3" else [ROOT / "tests/fsdp_on_cpu.py"]
     command = [*program, ROOT / f"configs/accelerate/{how}.yaml", *started, "train", config]
-    return subprocess.Popen(
+    return Process(
         [*map(str, command), "--set", f"output_dir={out}", *arguments], stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, start_new_session=True,
     )  # fmt: skip
@@ -746,7 +755,7 @@ def test_recipes_are_well_formed() -> None:
     scripts = ROOT / "scripts"
     sky = yaml.safe_load((scripts / "skypilot.yaml").read_text())
     for text in ((scripts / "slurm.sbatch").read_text(), sky["run"]):
-        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        run_command(["bash", "-n"], input=text, text=True, check=True)
         assert "-m loratune train" in text
     assert set(sky) <= {"name", "num_nodes", "workdir", "resources", "setup", "envs", "run"}
     compile((scripts / "launch_ray.py").read_text(), "launch_ray.py", "exec")
@@ -754,7 +763,7 @@ def test_recipes_are_well_formed() -> None:
     for path in ("slurm.sbatch", "skypilot.yaml", "launch_ray.py"):
         assert "torchrun" in (scripts / path).read_text()
     with pytest.raises(subprocess.CalledProcessError):
-        subprocess.run(["bash", "-n"], input="if true; then", text=True, check=True, stderr=subprocess.DEVNULL)
+        run_command(["bash", "-n"], input="if true; then", text=True, check=True, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

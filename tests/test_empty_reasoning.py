@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, config_in, tiny_llama, write_rows
+from conftest import Ran, config_in, mainly, tiny_llama, write_rows
 from fork_server import ForkServer
 from peft import PeftModel
 from running import checkpoints, interrupt
@@ -61,7 +61,7 @@ def test_which_templates_have_the_block(name: str) -> None:
             assert renderer_of(name, number).closing_reasoning() is None
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", mainly(["Qwen3", "GLM-4.5"], BLOCKS))
 def test_only_the_default_prompt_changes(name: str, tmp_path: Path) -> None:
     """The saved template, in transformers, against the template of the base."""
     before = tokenizer_of(name)
@@ -239,6 +239,7 @@ def counted(base: Path, adapter: Path | None) -> int:
     return count
 
 
+@pytest.mark.usefixtures("all_instructions")
 def test_it_still_reasons(cli: Cli, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path, out = tmp_path / "base", tmp_path / "out"
     tiny_llama().save_pretrained(path)

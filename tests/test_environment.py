@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_command
 
 from loratune import memory
 from loratune.system import environment
@@ -25,7 +25,7 @@ def ask(groups: Path, own: Path, **environment: str) -> tuple[str, str | None]:
     """The message for the user and the number of threads, in a separate process."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", ASK, str(groups), str(own)]
-    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
+    done = run_command(command, env=kept | environment, capture_output=True, text=True, check=True)
     line, threads, loaded = json.loads(done.stdout)
     assert not loaded
     return line, threads

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import check_refused, config_in, is_problem, mainly, problem_text, tiny_llama
+from conftest import Process, check_refused, config_in, is_problem, mainly, problem_text, run_command, tiny_llama
 from fork_server import ForkServer
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, handles, run_record, straight, until
 from transformers import PreTrainedTokenizerFast
@@ -255,7 +255,7 @@ def test_a_signal_during_startup(
     """As soon as there are handlers, while the command line is imported and parsed: exit code and message."""
     for pause in pauses:
         command = [sys.executable, "-m", "loratune", *arguments]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while child.poll() is None and not handles(child, signal.SIGUSR2):
             time.sleep(0.001)
         time.sleep(pause)
@@ -290,14 +290,37 @@ def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, pro
     assert {path.name for path in tmp_path.iterdir()} - before <= {"run.yaml", "rows.jsonl"}
 
 
+WHILE_LOADING = """
+import os, signal, threading
+from transformers import AutoModelForCausalLM as Auto
+load = Auto.from_pretrained
+def interrupted(*arguments, **keywords):
+    {}
+    return load(*arguments, **keywords)
+Auto.from_pretrained = interrupted
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"),
+    [
+        ("tiny_dir", "signal.raise_signal(signal.SIGTERM)"),
+        pytest.param(  # which takes seconds to load
+            "smollm2", "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",
+            marks=[pytest.mark.slow, pytest.mark.real_model],
+        ),
+    ],
+)  # fmt: skip
 def test_sigterm_while_the_model_is_loaded(
-    run_config: MakeConfig, tmp_path: Path, smollm2: Path, processes: ForkServer
+    name: str,
+    statement: str,
+    run_config: MakeConfig,
+    tmp_path: Path,
+    processes: ForkServer,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Loading takes seconds."""
-    running = processes.start("train", run_config(model={"name_or_path": str(smollm2)}))
-    until((tmp_path / "out.partial").exists, running)
-    time.sleep(0.5)
-    running.send(signal.SIGTERM)
+    config = run_config(model={"name_or_path": str(request.getfixturevalue(name))})
+    running = processes.start("train", config, first=WHILE_LOADING.format(statement))
     assert running.wait() == 143 and running.said().splitlines()[-1].startswith("error: terminated"), running.said()
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists(), running.said()
 
@@ -343,7 +366,7 @@ def test_training_in_another_thread_leaves_signals_alone() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert seen == [None, before]
 
 
@@ -406,13 +429,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], capture_output=True, check=False
-    )
+    done = run_command(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], capture_output=True, check=False)
     if done.returncode:
         pytest.skip(f"no file system may be mounted here: {done.stderr.decode().strip()}")
     yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    run_command(["umount", "--lazy", str(place)], check=True)
 
 
 STEPS = 28  # in the middle of an epoch
@@ -699,7 +720,7 @@ def test_no_space_for_the_output_is_reported(run_config: MakeConfig, tmp_path: P
 def test_successive_signals_end_without_a_traceback(pause: float, run_config: MakeConfig, tmp_path: Path) -> None:
     """Whenever the second one arrives: while the first is reported, or as the program exits."""
     command = [sys.executable, "-m", "loratune", "train", str(run_config())]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    child = Process(command, stderr=subprocess.PIPE, text=True)
     while not handles(child, signal.SIGTERM):
         time.sleep(0.01)
     time.sleep(1)

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 
 from first_gpu import pack, parts, run
 
@@ -165,7 +164,7 @@ time.sleep(300)
 def test_the_script_writes_a_line_for_each_part_also_where_all_fail(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     command = [SCRIPT, "run", "--dry", "--limit", "0.01", "--parcels", tmp_path, "--work", tmp_path / "work"]
-    done = subprocess.run([*command, "self", "machine"], env=environment, capture_output=True, text=True, check=False)
+    done = run_command([*command, "self", "machine"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "failed: machine, self-test; results are in" in done.stdout, done.stderr
     lines = (tmp_path / "work" / "results-dry" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert [(one["part"], one["status"]) for one in map(json.loads, lines)] == [
@@ -197,11 +196,11 @@ def test_both_ways_to_train_are_side_by_side() -> None:
 
 
 def test_the_script_names_its_parts() -> None:
-    shown = subprocess.run([SCRIPT], capture_output=True, text=True, check=False)
+    shown = run_command([SCRIPT], capture_output=True, text=True, check=False)
     assert shown.returncode == 2 and "scripts/gpu.sh pack" in shown.stderr
     environment = os.environ | {"PYTHON": sys.executable}
     command = [SCRIPT, "run", "no-such-part"]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    refused = run_command(command, env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "no such part: no-such-part; there are machine, self-test" in refused.stderr
 
 
@@ -210,7 +209,7 @@ def test_dry_both_ways_to_train_give_the_same_losses(tmp_path: Path) -> None:
     """The same parts as on a card, with a tiny base of random weights on a CPU."""
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     command = [SCRIPT, "run", "--dry", "--parcels", tmp_path / "none", "--work", tmp_path, "machine", "7b-bf16"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_command(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [*map(json.loads, (tmp_path / "results-dry" / "results.jsonl").read_text().splitlines())]
     machine, ours, stock = results

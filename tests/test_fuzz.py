@@ -1,11 +1,10 @@
 """Some cases of `scripts/fuzz.py` and a short run of `scripts/soak.py`; both are run at length by hand."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from fuzz import PROPERTIES, ForbiddenCall, fuzz, install_audit_hook
 
 ARMED: list[bool] = []
@@ -27,7 +26,7 @@ def test_forbidden_calls_are_detected() -> None:
     ARMED.append(True)
     try:
         with pytest.raises(ForbiddenCall):
-            subprocess.run(["true"], check=True)
+            run_command(["true"], check=True)
     finally:
         ARMED.clear()
 
@@ -36,6 +35,6 @@ def test_forbidden_calls_are_detected() -> None:
 @pytest.mark.parametrize(("kills", "steps"), [(3, 30), (8, 60)])
 def test_a_short_soak(kills: int, steps: int, smollm2: Path) -> None:
     command = [sys.executable, ROOT / "scripts" / "soak.py", "--kills", str(kills), "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command, timeout=1000, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lost                   0" in done.stdout

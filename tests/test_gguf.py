@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from conftest import (
     is_problem,
     meanings,
     problem_text,
+    run_command,
     tiny_llama,
     tree,
     write_rows,
@@ -276,7 +276,7 @@ print(json.dumps(["torch" in sys.modules, ran.exit_code, ran.stdout, ran.stderr]
 
 def without_torch(config: Path) -> Ran:
     """The error of a run that must end before torch is imported."""
-    child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    child = run_command([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
     with_torch, *ran = json.loads(child.stdout)
     assert not with_torch
     return Ran(*ran)
@@ -404,7 +404,7 @@ def test_a_gguf_file_of_a_hub_repository(
 @pytest.mark.slow
 def test_training_on_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
     path = ROOT / "models" / "SmolLM2-135M-Instruct-GGUF"
-    subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", "--gguf", path], check=True)
+    run_command([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", "--gguf", path], check=True)
     base = {"name_or_path": str(path), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "auto"}
     config = run_config(model=base, training={"max_steps": 2, "learning_rate": 1e-3})
     ran = cli("params", config)

@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 import build_recipe_data
 import pytest
 import yaml
-from conftest import ROOT, Ran, byte_tokenizer, formula_for_memory, once, tiny_llama, tree
+from conftest import ROOT, Ran, byte_tokenizer, formula_for_memory, once, run_command, tiny_llama, tree
 from fork_server import ForkServer
 from running import before_batch, checkpoints
 
@@ -366,7 +365,7 @@ def test_the_lines_for_preemptible_machines_resume_or_start(
     for name in made:
         (tmp_path / name.replace("partial", "spot-adapter.partial").replace("done", "spot-adapter")).mkdir(parents=True)
     script = f'loratune() {{ echo "$@"; }}\n{lines}'
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_command(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [one.replace(" --set output_dir=spot-adapter", "") for one in done.stdout.splitlines()] == expected
 
 
@@ -380,8 +379,8 @@ def test_the_lines_stop_a_run_after_its_first_checkpoint(run: str, expected: lis
     start, stop, *_ = command_lines(sections(RECIPES)["Resume on a preemptible machine"])
     run = run.format("spot-adapter.partial/checkpoints")
     script = f"loratune() {{ {run}; }}\n{start}\n{stop}\necho $?\n"
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=20
+    done = run_command(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )  # fmt: skip
     assert done.stdout.split() == expected
 
@@ -389,7 +388,7 @@ def test_the_lines_stop_a_run_after_its_first_checkpoint(run: str, expected: lis
 @pytest.mark.parametrize("script", ["build_recipe_data"])
 def test_scripts_of_the_recipes_say_how_to_install_what_they_need(script: str, tmp_path: Path) -> None:
     """Without site-packages, and before anything is downloaded or written."""
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, "-S", ROOT / "scripts" / f"{script}.py", tmp_path / "made"],
         env={}, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -407,7 +406,7 @@ def test_slurm_starts_a_run_and_resumes_it(tmp_path: Path) -> None:
     for line in lines:
         _, script, *words = shlex.split(line)
         variables = {"SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}
-        done = subprocess.run(
+        done = run_command(
             ["bash", ROOT / script, *words], env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | variables,
             capture_output=True, text=True, check=True,
         )  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import check_refused, once, process, write_rows
+from conftest import check_refused, once, write_rows
+from fork_server import ForkServer
 from peft import AutoPeftModelForCausalLM
 from running import Cli
 from transformers import AutoTokenizer
@@ -42,7 +43,9 @@ def rows(count: int, start: int = 0, chat: bool = False) -> list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=["texts", "chats"])
-def trained(request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, processes: ForkServer
+) -> Path:
     """The folder of an adapter of a tiny model in float32, and of unseen rows."""
     chat, kept = request.param == "chats", tmp_path_factory.mktemp("kept")
 
@@ -56,8 +59,8 @@ def trained(request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: py
         }
         write_rows(folder / "unseen.jsonl", rows(30, start=600, chat=chat))
         (folder / "config.yaml").write_text(json.dumps(config))
-        ran = process("train", folder / "config.yaml")
-        assert ran.code == 0, ran.err
+        child = processes.start("train", folder / "config.yaml")
+        assert child.wait() == 0, child.said()
 
     return once(tmp_path_factory, f"labels-{request.param}", make)
 

@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import stat
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import build_backend
 import pytest
-from conftest import Ran
+from conftest import Ran, run_command
 from fork_server import ForkServer
 
 from loratune.kernels.compiled import build, library
@@ -140,7 +139,7 @@ def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
         f'    FILE *file = fopen("{mark}", "w"); if (file) fclose(file);\n}}\n'
         + "".join(f"void {name}(void) {{}}\n" for name in build.functions())
     )  # fmt: skip
-    subprocess.run(["/usr/bin/gcc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
+    run_command(["/usr/bin/gcc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
     loaded(cache, called=1)
     path = cached_file(cache)
     key, content = path.stem, (tmp_path / "planted.so").read_bytes()
@@ -274,7 +273,7 @@ def test_child_processes_of_a_hanging_compiler_are_killed(
 
 
 def test_declared_functions_match_the_exported_symbols(built: Path) -> None:
-    listed = subprocess.run(["nm", "-D", "--defined-only", built], capture_output=True, text=True, check=True).stdout
+    listed = run_command(["nm", "-D", "--defined-only", built], capture_output=True, text=True, check=True).stdout
     defined = {words[2] for line in listed.splitlines() if (words := line.split())[1] == "T"}
     assert {*build.functions()} == defined - {"_init", "_fini"} and len(defined) > 5
 
@@ -373,7 +372,7 @@ MACROS = {"avx512bf16": "avx512_bf16", "bmi": "bmi1", "lzcnt": "abm", "sse3": "p
 def macros(*options: str) -> set[str]:
     """The CPU features that gcc's options allow, by their Linux names."""
     command = ["/usr/bin/gcc", *options, "-dM", "-E", "-x", "c", "/dev/null"]
-    defined = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    defined = run_command(command, capture_output=True, text=True, check=True).stdout.splitlines()
     names = {line.split()[1].strip("_").lower() for line in defined if line.endswith(" 1")}
     return {MACROS.get(name, name) for name in names}
 

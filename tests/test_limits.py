@@ -151,7 +151,7 @@ def test_a_long_rendering_is_noted_and_interrupted(
     watcher.start()
     ran = cli("train", config, "--dry-run")
     over.set()
-    watcher.join()
+    watcher.join(60)
     assert ran.code == 130
     lines = [line for line in ran.err.splitlines() if "is still rendering" in line]
     assert len(lines) == 1 and lines[0].startswith(f"{tmp_path / 'chats.jsonl'}:2: the chat template of ")

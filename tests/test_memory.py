@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import ROOT, tiny_llama
+from conftest import ROOT, run_command, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import Cli, MakeConfig
 from torch import nn
@@ -423,7 +422,7 @@ def test_estimate_changes_neither_the_model_nor_the_rng() -> None:
 def test_estimate_matches_a_real_run(smollm2: Path) -> None:
     script = ROOT / "scripts" / "measure_memory.py"
     command = [sys.executable, script, "8 x 128, float32", "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     estimated, measured = (int(cell.replace(",", "")) for cell in done.stdout.splitlines()[-1].split("|")[2:4])
     assert measured > 1500  # MiB: above what imports alone need

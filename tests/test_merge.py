@@ -572,5 +572,6 @@ def test_commands_that_end_as_another_begins_do_not_stop_it(tmp_path: Path) -> N
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert failed == [] and not (tmp_path / "out.partial").exists()

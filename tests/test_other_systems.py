@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Ran
+from conftest import Ran, run_command
 from running import WEIGHTS, MakeConfig
 
 from loratune.codes import Code
@@ -18,7 +18,7 @@ def on(system: str, *commands: Sequence[object]) -> tuple[list[int], str, str]:
     """The exit codes of commands, and what they printed in all."""
     words = json.dumps([[str(word) for word in command] for command in commands])
     command = [sys.executable, str(Path(__file__).with_name("other_system.py")), system, words]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = run_command(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     lines = done.stdout.splitlines()
     codes = [json.loads(line)["code"] for line in lines if line.startswith('{"code"')]
     assert len(codes) == len(commands), done.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, check_refused, config_in, meanings, tree, write_rows
+from conftest import CHAT_TEMPLATE, Process, check_refused, config_in, meanings, run_command, tree, write_rows
 from running import Cli
 
 from loratune.codes import Code
@@ -222,7 +222,7 @@ def test_concurrent_writers_never_mix_their_content(tmp_path: Path) -> None:
     for how in ("over", "not"):
         path = tmp_path / how
         command = [sys.executable, "-c", script, str(path), how]
-        running = [subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, text=True) for n in range(6)]
+        running = [Process([*command, str(n)], stdin=subprocess.PIPE, text=True) for n in range(6)]
         for child in running:
             assert child.stdin is not None
             child.stdin.write("go\n")
@@ -249,7 +249,7 @@ def test_devices_and_pipes_can_be_written(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text()))
     reader.start()
     write(tmp_path / "pipe", "through a pipe")
-    reader.join()
+    reader.join(60)
     assert received == ["through a pipe"] and [one.name for one in tmp_path.iterdir()] == ["pipe"]
 
 
@@ -266,9 +266,9 @@ def test_open_files_are_written_at_their_current_position(name: str, tmp_path: P
         "os.write(1, b'behind\\n')\n"
     )
     command = [sys.executable, "-c", script, path]
-    assert subprocess.run(command, capture_output=True, check=True).stdout == b"before\nnew\nbehind\n"
+    assert run_command(command, capture_output=True, check=True).stdout == b"before\nnew\nbehind\n"
     with (tmp_path / "file").open("w") as file:
-        subprocess.run(command, stdout=file, check=True)
+        run_command(command, stdout=file, check=True)
     assert (tmp_path / "file").read_text() == "before\nnew\nbehind\n"
 
 
@@ -312,7 +312,7 @@ def test_full_disk_leaves_the_old_output_unchanged(tmp_path: Path) -> None:
     )
     (tmp_path / "old").write_text("precious")
     for name in ("new", "old"):
-        assert subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False).returncode == 8
+        assert run_command([sys.executable, "-c", script, str(tmp_path / name)], check=False).returncode == 8
     assert tree(tmp_path) == {"old": b"precious"}
 
 

@@ -278,7 +278,47 @@ def only_upstream_modules_use_private_names(root: Path) -> Iterator[str]:
         )
 
 
+WAITS = {"join", "get", "result", "accept", "recv", "acquire"}
+"""Methods of threads, queues, futures, sockets and locks that without arguments wait for ever."""
+STARTS = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output"}
+EVENTS = {"Event", "Barrier", "Condition"}
+NOT_YET = {"test_env.py", "test_packaging.py"}
+
+
+def waits_have_a_limit(root: Path) -> Iterator[str]:
+    """In tests, processes are started by `run_command` and `Process` of `conftest.py`, whose waits end, as do those of
+    `fork_server.Child`. A wait for something else has an argument."""
+    for path, _, tree in modules(root):
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and path.name not in NOT_YET]
+        events = {
+            ast.unparse(target)
+            for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call | ast.Tuple)
+            if any(isinstance(one, ast.Call) and ast.unparse(one.func).rpartition(".")[2] in EVENTS
+                   for one in ast.walk(node.value))
+            for whole in node.targets for target in (whole.elts if isinstance(whole, ast.Tuple) else [whole])
+        }  # fmt: skip
+        for call in calls:
+            owner, _, method = ast.unparse(call.func).rpartition(".")
+            has_no_limit = not call.args and not call.keywords and bool(owner)
+            waits = has_no_limit and (method in WAITS or (method == "wait" and owner in events))
+            starts = f"{owner}.{method}" in STARTS and all(one.arg != "timeout" for one in call.keywords)
+            if waits or starts:
+                yield f"{path}:{call.lineno}: {ast.unparse(call)}"
+
+
 RULES: list[tuple[Rule, str, str]] = [
+    *(
+        (waits_have_a_limit, "test_it.py", text)
+        for text in (
+            "subprocess.run(['x'], check=True)",
+            "child = subprocess.Popen(['x'])",
+            "thread.join()",
+            "queue.get()",
+            "connection, _ = listener.accept()",
+            "begun, over = Event(), Event()\nover.wait()",
+            "begun = threading.Barrier(2)\nbegun.wait()",
+        )
+    ),
     (imports_point_down, "model.py", "from loratune.training.trainer import fit"),
     (imports_point_down, "model.py", "from loratune.api import train"),
     (imports_point_down, "errors.py", "import loratune.config"),
@@ -331,7 +371,7 @@ RULES: list[tuple[Rule, str, str]] = [
 
 @pytest.mark.parametrize("rule", dict.fromkeys(rule for rule, _, _ in RULES), ids=lambda rule: rule.__name__)
 def test_source_follows_every_rule(rule: Rule) -> None:
-    assert list(rule(PACKAGE)) == []
+    assert list(rule(ROOT / "tests" if rule is waits_have_a_limit else PACKAGE)) == []
 
 
 @pytest.mark.parametrize("rule, name, text", RULES, ids=lambda value: getattr(value, "__name__", None))
@@ -356,6 +396,11 @@ def test_rule_detects_a_violation(rule: Rule, name: str, text: str, tmp_path: Pa
             "from loratune.data import formats\nfrom loratune.data.rendering import x",
         ),
         (imports_point_down, "model.py", "if TYPE_CHECKING:\n    from loratune.training.run import Plan"),
+        (
+            waits_have_a_limit,
+            "test_it.py",
+            "run_command(['x'])\nchild.wait()\nover = Event()\nover.wait(60)\nthread.join(60)\n','.join(names)",
+        ),
         (only_lora_imports_peft, "lora/attach.py", "import peft"),
         (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_dump({})"),
         (only_config_reads_yaml, "config/yaml_files.py", "import yaml\nyaml.safe_load('')"),

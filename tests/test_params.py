@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ATTENTION, Ran, check_refused
+from conftest import ATTENTION, Ran, check_refused, run_command
 from running import Cli, MakeConfig
 from transformers import FalconConfig, GPT2Config, LlamaConfig, Phi3Config
 
@@ -173,7 +172,7 @@ def test_whole_modules_are_counted_with_their_biases(cli: Cli, run_config: MakeC
 def test_counting_70b_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     directory = config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_70B))
     command = [sys.executable, "-c", PEAK, sys.executable, "-m", "loratune", "params", "--model", directory, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command, capture_output=True, text=True, check=False)
     counts = counted(Ran(done.returncode, done.stdout, done.stderr))
     trainable = 80 * 8 * 2 * ((8192 + 8192) + (8192 + 1024))
     assert (counts["trainable"], counts["total"]) == (trainable, 68_976_648_192 + trainable)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import mainly
 from test_fused_ops import OVER, attended
 from test_kernels import FAMILIES, ROLES, TARGETS, adapted, normal, seen
 from torch import Tensor
@@ -199,7 +200,7 @@ def check_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[st
         assert float((gradient - other[1][name]).abs().max()) <= 1e-5 * largest, name
 
 
-@pytest.mark.parametrize("unsupervised", [0, 33])
+@pytest.mark.parametrize("unsupervised", mainly([33], [0, 33]))
 @pytest.mark.parametrize("name", TREES)
 def test_tree_loss_and_gradients_match_those_of_its_rows(name: str, unsupervised: int) -> None:
     """Compared with single rows in stock PEFT, and with packed rows; with and without supervised prefixes."""

@@ -38,6 +38,18 @@ def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert capsys.readouterr() == ("", "")
 
 
+def said_until(capsys: pytest.CaptureFixture[str], is_enough: Callable[[str], bool], seconds: float = 60) -> str:
+    """What is printed on stderr from now on until it is enough, and nothing on stdout."""
+    said, end = "", time.monotonic() + seconds
+    while not is_enough(said):
+        assert time.monotonic() < end, said
+        time.sleep(0.01)
+        out, err = capsys.readouterr()
+        said += err
+        assert out == ""
+    return said
+
+
 @pytest.mark.parametrize(
     ("work", "expected"),
     [
@@ -55,9 +67,8 @@ def test_slow_work_prints_a_line_and_later_another(
     monkeypatch.setattr(events, "_INTERVAL", 0.0)
     with events.listening(Terminal()), work() as advance:  # type: ignore[attr-defined]
         advance(2)
-        time.sleep(0.4)
-    ran = capsys.readouterr()
-    assert ran.out == "" and ran.err.splitlines() == expected
+        said = said_until(capsys, lambda said: said.count("\n") == 2)
+    assert said.splitlines() == expected and capsys.readouterr() == ("", "")
 
 
 def test_a_task_is_not_shown_while_one_within_it_is(
@@ -67,18 +78,11 @@ def test_a_task_is_not_shown_while_one_within_it_is(
     monkeypatch.setattr(terminal, "PATIENCE", 1.0)
     monkeypatch.setattr(terminal, "_PAUSE", 0.1)
 
-    def shown(what: str) -> str:
-        told = ""
-        while what not in told:
-            time.sleep(0.05)
-            told += capsys.readouterr().err
-        return told
-
     with events.listening(Terminal()), events.progress("outside"):
         with events.counting("inside", 3):
-            told = shown("inside")
+            told = said_until(capsys, lambda said: "inside" in said)
         assert "outside" not in told
-        shown("outside")
+        said_until(capsys, lambda said: "outside" in said)
 
 
 def test_quick_evaluations_have_no_lines_between_those_of_steps(
@@ -93,8 +97,8 @@ def test_quick_evaluations_have_no_lines_between_those_of_steps(
         events.emit(events.TrainingEvent(2, 2, finished=True))
         assert "scoring" not in capsys.readouterr().err
         with events.counting("scoring rows", 1):
-            time.sleep(0.2)
-    assert capsys.readouterr().err == "scoring rows\n"
+            said = said_until(capsys, bool)
+    assert said + capsys.readouterr().err == "scoring rows\n"
 
 
 def test_lines_between_reports_have_no_loss(

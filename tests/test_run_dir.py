@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 import yaml
-from conftest import check_refused, is_problem, meanings, problem_text, tiny_llama, tree
+from conftest import check_refused, is_problem, meanings, problem_text, run_command, tiny_llama, tree
 from fork_server import ForkServer
 from running import WEIGHTS, Cli, MakeConfig, before_batch, checkpoints
 
@@ -57,7 +56,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     def mount(place: Path, *, again: Path | None = None, of: tuple[str, str] = ("tmpfs", "size=1m")) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         how = ["--bind", str(again)] if again else ["-t", of[0], "-o", of[1], "none"]
-        done = subprocess.run(["mount", *how, str(place)], capture_output=True, check=False)
+        done = run_command(["mount", *how, str(place)], capture_output=True, check=False)
         if done.returncode:
             pytest.skip(f"no file system may be mounted here: {done.stderr.decode().strip()}")
         made.append(place)
@@ -65,7 +64,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     yield mount
     for place in reversed(made):
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+        run_command(["umount", "--lazy", str(place)], check=True)
 
 
 # What is at output_dir

@@ -1,12 +1,13 @@
 """`loratune env --self-test` finds kernels that are wrong by a factor, and so does the check before training."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import mainly, tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from loratune import kernels
@@ -179,8 +180,11 @@ def test_a_divergence_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         self_test_operations.operations(FLOAT32)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    mainly([("8bit", FLOAT32), ("4bit", BFLOAT16)], product(("8bit", "4bit"), (FLOAT32, BFLOAT16))),
+    ids=str,
+)
 def test_quantized_layers_that_are_wrong(
     bits: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PLAIN, ROOT, Ran, check_refused, tiny_llama, write_rows
+from conftest import PLAIN, ROOT, Process, Ran, check_refused, tiny_llama, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_export import adapter_in, folded, logits
@@ -383,7 +383,7 @@ def test_the_process_of_vllm_ends_with_the_one_that_started_it(tmp_path: Path) -
     (tmp_path / "request").write_text('{"rows": [{"prompt": [1], "answer": [1]}]}')
     start = "subprocess.Popen([sys.executable, 'run.py', 'result'], stdin=open('request'))"
     outer = f"import subprocess, sys; child = {start}; print(child.pid, flush=True); child.wait()"
-    with subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE) as parent:
+    with Process([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         wait_until(lambda: (tmp_path / "begun").exists())

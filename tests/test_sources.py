@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, check_refused, meanings, tree, write_rows
+from conftest import ROOT, check_refused, meanings, run_command, tree, write_rows
 from datasets.arrow_writer import ArrowWriter
 from running import Cli, MakeConfig
 
@@ -565,7 +564,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         "count = lambda path: sum(1 for part in sources.open_source(Source(path=path)) for _ in part.rows())\n"
         "for path in sys.argv[1:]: print(count(path), peak())"
     )
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)],
         capture_output=True,
         text=True,
@@ -632,7 +631,7 @@ def test_cached_hub_dataset_is_read_offline(tmp_path: Path) -> None:
         "load('other')"
     )
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = run_command([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     name = "some/rows[train[1:]]"
     rows = [Row(f"{name}:1", {"prompt": "c", "completion": "d"}), Row(f"{name}:2", {"prompt": "e", "completion": "f"})]
     assert done.stdout == f"{name} {rows} True\n3 64\nTrue\n", done.stderr

@@ -7,7 +7,6 @@ import re
 import select
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import transformers
 import yaml
-from conftest import ROWS, check_refused, write_rows
+from conftest import ROWS, check_refused, run_command, write_rows
 from fork_server import ForkServer
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -271,7 +270,7 @@ def test_escaping_for_terminals_and_shells() -> None:
         quoted = shell_word(word)
         clean(quoted)
         assert "\n" not in quoted
-        said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
+        said = run_command(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
         assert said == word.encode("utf-8", "surrogateescape")
     assert [shell_word(word) for word in ("it's", "it's $5", "it's new!")] == [
         '"it\'s"', "'it'\"'\"'s $5'", "'it'\"'\"'s new!'",

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Expected, Ran, check_refused
+from conftest import Expected, Ran, check_refused, run_command
 from running import WEIGHTS, Cli, MakeConfig
 
 from loratune.codes import Code
@@ -20,7 +19,7 @@ ARROWS = [{"prompt": f"é → {number}", "completion": " ö"} for number in rang
 def shell(*arguments: object, redirected: str, stdin: bytes = b"", **environment: str) -> Ran:
     """Run `loratune ARGUMENTS` in a shell that redirects its streams, as in `>&-`."""
     command = ["bash", "-c", f'"$@" {redirected}', "bash", sys.executable, "-m", "loratune", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, input=stdin, env=os.environ | environment, check=False)
+    done = run_command(command, capture_output=True, input=stdin, env=os.environ | environment, check=False)
     return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
@@ -123,7 +122,7 @@ def test_descriptors_of_closed_streams_are_not_reused_for_files(tmp_path: Path) 
         "print(file.fileno(), repr(sys.stdin.read()), file=file)"
     )
     path = tmp_path / "file"
-    subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code, str(path)], check=True)
+    run_command(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code, str(path)], check=True)
     assert path.read_text() == "3 ''\n"
 
 
@@ -148,7 +147,7 @@ def test_stderr_ends_before_native_code_reports_on_itself(debug: bool) -> None:
     Nor is anything collected then, which takes 2 s with all libraries.
     """
     command = [sys.executable, "-c", ENDING, "params", "no.yaml", *["--debug"] * debug]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command, capture_output=True, text=True, check=False)
     error, _, rest = done.stderr.partition("a summary\n")
     assert (done.returncode, done.stdout) == (2, f"{not debug}\n") and error.count("]: no.yaml: ") == 1
     assert ("Arena 0:" in rest) is debug and bool(rest) is debug

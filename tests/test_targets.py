@@ -472,7 +472,7 @@ def test_mamba_weights_read_directly_by_kernels_are_refused() -> None:
     message = failure(ModelError, mamba(), ["in_proj", "dt_proj", "out_proj"], *[Code.LORA_UNSUPPORTED] * 2)
     assert "`mixer.dt_proj`: MambaMixer reads the weight directly, past an adapter" in message
     assert "`mixer.out_proj`" in message and "in_proj`" not in message
-    with pytest.raises(ValueError, match="incompatible with Mamba"):  # PEFT's own error
+    with pytest.raises(ValueError, match="Mamba"):  # PEFT's own error
         get_peft_model(mamba(), LoraConfig(target_modules="all-linear"))
     targets = resolve(mamba(), "all-linear")
     assert targets.names == ("in_proj",)

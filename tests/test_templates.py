@@ -6,7 +6,6 @@ temporary directory.
 
 import copy
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -17,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import meanings
+from conftest import meanings, run_command
 from test_rendering import fetched, loaded, supervised, turn
 from tokenizers import AddedToken
 
@@ -177,7 +176,7 @@ def templates() -> Path:
                 scratch,
                 TRL.replace("-", "=="),
             ]
-            if subprocess.run(command, check=False).returncode:
+            if run_command(command, check=False).returncode:
                 pytest.skip("no package index is at hand, so there are no real templates to be had")
             with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
                 wheel.extractall(scratch)

@@ -71,7 +71,7 @@ def test_threads_that_generate_take_turns(adapter: loratune.Adapter, texts: list
         lambda: adapter.generate(PROMPTS, **DRAWN),
     ]
     with ThreadPoolExecutor(6) as pool:
-        found = [one.result() for one in [pool.submit(use) for use in uses * 4]]
+        found = [one.result(60) for one in [pool.submit(use) for use in uses * 4]]
     assert found == [texts, alone, texts] * 4
 
 
@@ -263,7 +263,7 @@ def test_what_a_listener_sets_does_not_reach_the_run(config: loratune.RunConfig,
         return made, same
 
     with ThreadPoolExecutor(1) as pool:
-        made, same = pool.submit(run).result()
+        made, same = pool.submit(run).result(60)
     assert (made.path / WEIGHTS).read_bytes() == weights and same
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
@@ -283,7 +283,7 @@ def test_threads_redirect_stdout_one_at_a_time() -> None:
         assert not inside.wait(1)
     assert inside.wait(60) and sys.stdout is sys.stderr
     leave.set()
-    other.join()
+    other.join(60)
     assert sys.stdout is before
 
 
@@ -308,11 +308,11 @@ def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
     def compute() -> None:
         with turns.turn():
             began.set()
-            over.wait()
+            over.wait(60)
 
     other = Thread(target=compute)
     other.start()
-    began.wait()
+    assert began.wait(60)
     child = os.fork()
     if not child:
         signal.alarm(10)
@@ -320,5 +320,5 @@ def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
             os._exit(0)
     status = os.waitpid(child, 0)[1]
     over.set()
-    other.join()
+    other.join(60)
     assert status == 0

@@ -3,14 +3,13 @@
 import os
 import re
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import rows_at_once
-from conftest import ROOT, tree
+from conftest import ROOT, run_command, tree
 from rows_at_once import COUNT, OLD, fill, key, whole
 from running import Cli, MakeConfig
 
@@ -69,7 +68,7 @@ def test_first_of_two_writers_publishes(cache: Path) -> None:
 def test_concurrent_processes_on_new_entries(asked: int, tmp_path: Path) -> None:
     """Entries are removed at the same time. See `rows_at_once`."""
     command = [sys.executable, rows_at_once.__file__, str(tmp_path / "cache"), str(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | WITH_PACKAGE)
+    done = run_command(command, capture_output=True, text=True, check=False, env=os.environ | WITH_PACKAGE)
     assert done.returncode == 0, done.stderr
     rounds, failed = map(int, done.stdout.split())
     assert (failed, done.stderr) == (0, "") and rounds == asked

@@ -12,7 +12,8 @@ import pytest
 import test_reasoning
 import test_templates
 import torch
-from conftest import ROOT, byte_tokenizer, check_refused, once, process, tiny_llama, write_rows
+from conftest import ROOT, byte_tokenizer, check_refused, once, tiny_llama, write_rows
+from fork_server import ForkServer
 from running import Cli
 from test_rendering import fetched
 from test_templates import templates
@@ -328,7 +329,9 @@ def knowing(tokenizer: Any, known: list[dict[str, Any]]) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, processes: ForkServer
+) -> tuple[str, Path]:
     """How calls are marked, and the folder of an adapter of a tiny model, and of unseen rows."""
     kept = tmp_path_factory.mktemp("kept")
 
@@ -348,9 +351,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         }
         write_rows(folder / "unseen.jsonl", [*rows(24, start=600), *rows(2, start=600)])
         (folder / "config.yaml").write_text(json.dumps(config))
-        ran = process("train", folder / "config.yaml", "--allow-worse")
-
-        assert ran.code == 0, ran.err
+        child = processes.start("train", folder / "config.yaml", "--allow-worse")
+        assert child.wait() == 0, child.said()
 
     return request.param, once(tmp_path_factory, f"calls-{request.param}", make)
 

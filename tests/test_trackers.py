@@ -145,8 +145,8 @@ def test_misbehaving_tracker_does_not_affect_the_run(
 def test_library_output_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     """transformers prints to stdout on import if W&B is installed in offline mode."""
     with libraries():
-        print("[INFO] Running in WANDB offline mode")
-    assert capsys.readouterr() == ("", "[INFO] Running in WANDB offline mode\n")
+        print("said on import")
+    assert capsys.readouterr() == ("", "said on import\n")
 
 
 def test_missing_tracker_is_reported(

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Ran
+from conftest import ROOT, Ran, run_command
 from running import Cli, MakeConfig
 
 from loratune import __version__
@@ -28,7 +27,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_version_names_commit_and_compiled_code(cli: Cli) -> None:
     ran = cli("--version")
     assert ran.code == 0 and ran.out == f"loratune {release.describe()}\n"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_command(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert release.commit() == done.stdout[:12]  # empty if this is not a checkout
 
 
@@ -129,8 +128,8 @@ def test_a_damaged_repository_is_not_one_above_it(
 ) -> None:
     """Nor the one that a hook of git names."""
     git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=x"], check=True)
+    run_command([*git, "init", "--quiet"], check=True)
+    run_command([*git, "commit", "--quiet", "--allow-empty", "--message=x"], check=True)
     inner = tmp_path / "inner"
     (inner / ".git").mkdir(parents=True)
     (inner / "pyproject.toml").write_text('[project]\nname = "loratune"\n')
@@ -160,7 +159,7 @@ main()
 def without(names: set[str], *arguments: object) -> Ran:
     """Runs a command in a new process, which ends with 77 as soon as one of the modules is imported."""
     command = [sys.executable, "-c", WITHOUT.format(names=names), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    done = run_command(command, capture_output=True, text=True, env=os.environ, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

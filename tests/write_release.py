@@ -61,7 +61,7 @@ def run(*arguments: str, stopped: int = 0) -> None:
     """Run a command in a process of its own; stopped: in the batch of this number."""
     first = before_batch(stopped, "signal.raise_signal(signal.SIGINT)") if stopped else ""
     code = f"{first}\nimport sys\nfrom loratune.__main__ import main\nsys.argv[0] = 'loratune'\nmain()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=600)
     assert done.returncode == (130 if stopped else 0), arguments
 
 
