@@ -55,7 +55,7 @@ def train(release: str, model: Path, cache: Path, steps: int, threads: int) -> d
     }
     path = cache / "config.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML.
-    command = [sys.executable, "-c", RUN, path]
+    command = [sys.executable, "-c", RUN, str(path)]
     done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         return {"release": release, "error": done.stderr.strip().splitlines()[-1]}
@@ -75,7 +75,7 @@ def install(release: str) -> Path:
             "--quiet",
             "--no-deps",
             "--target",
-            place,
+            str(place),
             f"transformers=={release}",
         ]
         subprocess.run(command, timeout=600, check=True)
