@@ -185,7 +185,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background of a script
     if sys.argv[1:2] == ["--record"]:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background of a script
         sys.exit(pytest.main(sys.argv[3:], plugins=[Recorder(sys.argv[2])]))
     sys.exit(main())

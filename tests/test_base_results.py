@@ -23,6 +23,8 @@ from loratune.lora import attach, tensors
 from loratune.lora.tensors import BaseSnapshot
 from loratune.system.launcher import Group
 
+pytestmark = pytest.mark.usefixtures("all_instructions")
+
 BASE_SCORES, BASE_WRITES = "base's losses", "base writes"
 OTHERS = [{"prompt": f"{n} minus one is", "completion": f" {n - 1}"} for n in range(5, 45)]
 

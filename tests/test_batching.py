@@ -162,14 +162,14 @@ OBJECTIVES: dict[str, tuple[Sequence[int], Callable[[TokenizedDataset], Objectiv
 }
 
 
-WAYS = (("padded", False), ("padded", True), ("flat", True), ("tree", True))
+LAYOUTS = (("padded", False), ("padded", True), ("flat", True), ("tree", True))
 
 
 @pytest.mark.parametrize(
     ("name", "way", "fast"),
     mainly(
-        [*(("sft", *way) for way in WAYS), ("dpo", "flat", True), ("dpo", "tree", True), ("kto", "padded", True)],
-        ((name, *way) for name in OBJECTIVES for way in WAYS),
+        [*(("sft", *way) for way in LAYOUTS), ("dpo", "flat", True), ("dpo", "tree", True), ("kto", "padded", True)],
+        ((name, *way) for name in OBJECTIVES for way in LAYOUTS),
     ),
 )
 def test_batching_does_not_change_the_loss_of_an_item(name: str, way: str, fast: bool) -> None:

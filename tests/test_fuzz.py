@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, mainly, run_command
 from fuzz import PROPERTIES, ForbiddenCall, fuzz, install_audit_hook
 
 ARMED: list[bool] = []
@@ -15,7 +15,7 @@ def _audit_hook() -> None:
     install_audit_hook(ARMED)  # for the rest of the process: an audit hook cannot be removed
 
 
-@pytest.mark.parametrize("cases", [60, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", mainly([25], [25, 60, 100]))
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_every_case_ends_with_success_or_a_documented_error(name: str, cases: int) -> None:
     ends = fuzz(name, cases, ARMED)

@@ -226,9 +226,9 @@ def test_rows_with_equal_tokens_keep_their_own_labels() -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        "llama with biases", "qwen2", "qwen3", "mistral", "mistral with a window", "phi3", "gemma3", "phi", "glm4",
-        "gemma2, which caps scores and logits", "cohere2, which scales logits", "mixtral",
-        "deepseek_v3, whose values are small",
+        "llama with biases", "mistral with a window", "phi3", "gemma3", "gemma2, which caps scores and logits",
+        "cohere2, which scales logits", "mixtral", "deepseek_v3, whose values are small",
+        *mainly([], ["qwen2", "qwen3", "mistral", "phi", "glm4"]),
     ],
 )  # fmt: skip
 def test_model_families_compute_the_same_with_trees(family: str) -> None:

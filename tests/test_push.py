@@ -10,7 +10,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from conftest import Ran, check_refused, config_in, process, tree
+from conftest import Ran, check_refused, config_in, mainly, process, tree
 from fork_server import Child, ForkServer
 from hub_server import READ_ONLY, READ_SETTINGS, TOKEN, Fault, Files, Handler, Hub, State
 from running import WEIGHTS, flip, until
@@ -470,7 +470,11 @@ FAULTS: dict[str, tuple[Fault, int, Code, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+OF_A_KIND = ("unauthorized", "forbidden", "rate limit", "quota", "conflict", "changed", "html", "dropped", "an echo")
+"""Faults that are told apart, each at one of the requests."""
+
+
+@pytest.mark.parametrize("name", mainly(OF_A_KIND, FAULTS))
 def test_hub_errors_are_distinguished(name: str, adapter: Path, state: State, push: Push) -> None:
     state.fault, exit_code, code, text = FAULTS[name]
     ran = push("--adapter", adapter, ME)

@@ -91,7 +91,7 @@ def test_row_wise_attention_gives_the_same_loss_and_gradients(name: str) -> None
         assert relative_rms(gradients, others) < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mainly(OF_A_KIND, FAMILIES))
 def test_tiled_attention_gives_the_same_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernel, which gets the rows from the masks."""
     monkeypatch.setenv("LORATUNE_NATIVE", "1")
