@@ -3,7 +3,7 @@
     python scripts/compare_transformers.py 5.20.0 5.24.0 5.25.0     # the releases; --steps N, --threads N
 
 Each release is installed without its requirements into a folder of its own, which comes before the installed packages,
-so that everything else is the same. A row has the parts that are not accelerated, the loss of the last step, tokens per
+so that everything else is the same. A row has the layers that are replaced, the loss of the last step, tokens per
 second in steps, and the seconds in which layers were recognized, for the first time and with what was kept.
 """
 
@@ -21,19 +21,20 @@ RUN = """
 import json, sys, time
 import loratune
 from loratune.kernels import acceleration
-seconds = []
+seconds, forms = [], []
 recognize = acceleration.recognize
 def timed(*given):
     begin = time.perf_counter()
     found = recognize(*given)
     seconds.append(time.perf_counter() - begin)
+    forms.append(sorted({one.form for one in found.values() if one.form}))
     return found
 acceleration.recognize = timed
 adapter = loratune.train(loratune.load_config(sys.argv[1]), overwrite=True)
 record = json.loads((adapter.path / "loratune.json").read_text())
 curve = [step for step in record["curve"] if "loss" in step]
 print(json.dumps({
-    "release": record["versions"]["transformers"], "not accelerated": record["not_accelerated"],
+    "release": record["versions"]["transformers"], "replaced": forms[0],
     "loss": curve[-1]["loss"], "tokens/s": record["metrics"]["tokens_per_second"], "seconds": seconds[0],
 }))
 """
@@ -90,14 +91,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    print("| release | not accelerated | loss | tokens/s | recognized in s, first | again |\n|---|---|---|---|---|---|")
+    print("| release | replaced | loss | tokens/s | recognized in s, first | again |\n|---|---|---|---|---|---|")
     for release in given.releases:
         with tempfile.TemporaryDirectory() as cache:
             first, again = (train(release, given.model, Path(cache), given.steps, given.threads) for _ in range(2))
         if failed := first.get("error") or again.get("error"):
             print(f"| {release} | {failed} | | | | |", flush=True)
             continue
-        parts = ", ".join(first["not accelerated"]) or "nothing"
+        parts = ", ".join(first["replaced"]) or "nothing"
         speed = max(first["tokens/s"], again["tokens/s"])
         print(
             f"| {first['release']} | {parts} | {first['loss']:.6f} | {speed:.0f} | {first['seconds']:.2f} |"

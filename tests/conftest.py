@@ -215,6 +215,12 @@ def _shared_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that break a kernel: what is found of layers then is of no use to others."""
+    monkeypatch.setattr("loratune.system.cache.LAYERS", replace(LAYERS, place=lambda: tmp_path / "kept-layers"))
+
+
 @pytest.fixture(autouse=True)
 def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the results of checks are kept in a test: a test that breaks something must not decide others."""

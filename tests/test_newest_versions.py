@@ -1,6 +1,5 @@
 """scripts/newest_versions.py: which package's newer version breaks a test."""
 
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -8,7 +7,7 @@ from zipfile import ZipFile
 
 import newest_versions
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from newest_versions import Change
 
 LOCK = """\
@@ -82,7 +81,7 @@ def write_wheel(folder: Path, name: str, version: int) -> None:
 @pytest.mark.slow
 def test_each_failed_test_is_named_with_the_package_that_breaks_it(tmp_path: Path) -> None:
     """In an environment of its own, with pip and pytest of this one."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    run_command([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "these.pth").write_text(sysconfig.get_path("purelib"))
@@ -90,14 +89,14 @@ def test_each_failed_test_is_named_with_the_package_that_breaks_it(tmp_path: Pat
         for version in (1, 2):
             write_wheel(tmp_path, name, version)
     pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", tmp_path]
-    subprocess.run([*pip, "left-part", "right-part"], check=True)
+    run_command([*pip, "left-part", "right-part"], check=True)
     (tmp_path / "lock.txt").write_text("left-part==1\nright-part==1\n")
     (tmp_path / "test_parts.py").write_text(TESTS)
     script = tmp_path / "newest_versions.py"
     script.write_text((ROOT / "scripts" / "newest_versions.py").read_text(encoding="utf-8"))
     settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, script, python, "-m", "pytest", "-q", "-p", "no:xdist", "--tb=no"]
-    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+    done = run_command(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.startswith("left-part 2 (lock: 1)\nright-part 2 (lock: 1)\n")
     assert done.stdout.endswith(FOUND), done.stdout + done.stderr

@@ -18,6 +18,7 @@ from loratune.kernels.compiled.fused_ops import CompiledOps
 from loratune.lora import attach
 from loratune.model import load
 
+pytestmark = pytest.mark.usefixtures("own_layers")
 Changed = Callable[..., Any]
 """Function of the original function and its arguments."""
 

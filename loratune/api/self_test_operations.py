@@ -103,6 +103,7 @@ def _with_and_without(model: Any, lengths: Sequence[int]) -> tuple[list[Tensor],
         refusal = found.tree_refusal(model) or ""
         own = _step(model, lengths, flatten) + _step(model, lengths, padded if refusal else share_prefixes)
     reasons = [*found.fallbacks.values(), refusal] if model.device.type == "cpu" else []  # a GPU's have no caps
+    reasons += [f"{name} computes something else than its kernel" for name in found.unequal]
     if wrong := [reason for reason in reasons if any(text in reason for text in MISCOMPUTED)]:
         raise DifferenceError(f"{model.config.model_type}: {wrong[0]}")
     with torch.inference_mode():

@@ -24,7 +24,7 @@ from loratune.kernels.loss import LossHead, Scaling, computes_loss, output_layer
 from loratune.kernels.masks import AttentionSpec, AttentionSurvey
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees, kept_checks
 from loratune.kernels.predictions import TeacherTargets
-from loratune.kernels.recognition import ATTENTION, EXPERTS, GATED, NORM, UNKNOWN, Recognized, recognize
+from loratune.kernels.recognition import ATTENTION, EXPERTS, GATED, NORM, UNEQUAL, UNKNOWN, Recognized, recognize
 from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
 from loratune.system.cache import NOTHING_KEPT, REFUSAL, KeptResults
@@ -58,6 +58,7 @@ class Acceleration:
         sample: Layers that stand for all layers of the model, in checks of what it computes.
         checks: What they found.
         attention: Why the model does not use the attention implementation that is set; empty if it does.
+        unequal: Classes of layers that have the structure of a replacement, and compute something else.
     """
 
     fallbacks: Mapping[str, str]
@@ -65,6 +66,7 @@ class Acceleration:
     sample: LayerSample = WHOLE_MODEL
     checks: KeptResults = NOTHING_KEPT
     attention: str = ""
+    unequal: Sequence[str] = ()
 
     def notes(self) -> Iterator[str]:
         """Lines for the user on what is not accelerated."""
@@ -117,13 +119,15 @@ def accelerate(
         steps, fallbacks = replace(base, reader, replaced, recognized)
         head, sample = survey.sample.examined(partial(output_layer, base)), survey.sample
     if head is None:
-        reason = "the output layer is trained, or the model does something else with its output than to return it"
-        return Acceleration({**fallbacks, "loss": reason}, steps, sample, checks, attention)
-    if not checks.once("loss", bool, partial(computes_loss, *head[1:])):
-        return Acceleration(
-            {**fallbacks, "loss": "its kernel does not compute the same"}, steps, sample, checks, attention
+        fallbacks["loss"] = (
+            "the output layer is trained, or the model does something else with its output than to return it"
         )
-    return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)], sample, checks, attention)
+    elif not checks.once("loss", bool, partial(computes_loss, *head[1:])):
+        fallbacks["loss"] = "its kernel does not compute the same"
+    else:
+        steps.append(partial(_replace_head, *head))
+    unequal = sorted({type(module).__name__ for module, known in recognized.items() if known.reason == UNEQUAL})
+    return Acceleration(fallbacks, steps, sample, checks, attention, unequal)
 
 
 @contextmanager

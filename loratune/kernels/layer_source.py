@@ -10,17 +10,14 @@ import ast
 import builtins
 import hashlib
 import inspect
-import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 LARGEST = 64
@@ -42,9 +39,9 @@ RISKY = frozenset({
 """Functions and methods whose result may be another one for values that no sample has, or for each call."""
 OF_SHAPE = frozenset({"shape", "size", "numel", "nelement", "ndim", "dim", "__len__"})
 """Attributes of tensors from which the length of rows can be read."""
-_PACKAGE = Path(str(transformers.__file__)).parent
-_MODELS, _SHARED = f"{_PACKAGE}/models/", (f"{_PACKAGE}/", f"{_PACKAGE.with_name('kernels')}/")
-"""Where families are; and what they share, with the package that transformers 5.25 requires: its wrappers choose
+_MODELS = "transformers.models."
+_SHARED = ("transformers.", "kernels.")
+"""Modules of families; and of what they share, with the package that transformers 5.25 requires: its wrappers choose
 between functions or rename arguments, which a comparison shows, so what they call is read, and they are not."""
 _UNKNOWN, _PLAIN = object(), bool | int | float | str | None
 
@@ -86,13 +83,12 @@ def _check_unchanged(module: nn.Module) -> None:
     if not kind.__module__.startswith("transformers."):
         raise NotReadableError("is not a class of transformers")
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    module_of_class, function = sys.modules.get(owner.__module__), vars(owner)["forward"]
-    file = str(getattr(module_of_class, "__file__", ""))
+    function = vars(owner)["forward"]
     while wrapped := getattr(function, "__wrapped__", None):
-        if not _file(function).startswith((*_SHARED, file)):
+        if not _home(function).startswith(_SHARED):
             raise NotReadableError("was changed by another library")
         function = wrapped
-    if owner is nn.Module or _file(function) != file:
+    if owner is nn.Module or _home(function) != owner.__module__:
         raise NotReadableError("was changed by another library")
 
 
@@ -100,12 +96,9 @@ def _is_torch(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "torch"
 
 
-def _file(function: Any) -> str:
-    return str(getattr(getattr(function, "__code__", None), "co_filename", ""))
-
-
-def _package(function: Any) -> str:
-    return str(getattr(function, "__module__", "")).partition(".")[0]
+def _home(function: Any) -> str:
+    """The name of the module in whose file a function is, also if it pretends to be the one that it wraps."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 def _read_method(module: nn.Module, name: str, reading: _Reading) -> None:
@@ -124,7 +117,7 @@ def _read_function(function: Any, module: nn.Module, reading: _Reading) -> None:
             return
         reading.visited.add(function.__code__)
         if not _is_wrapper(function):
-            _Reader(function, module, reading).run()
+            _FunctionReader(function, module, reading).run()
             return
         for cell in function.__closure__ or ():
             if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents is not inspect.unwrap(function):
@@ -134,11 +127,11 @@ def _read_function(function: Any, module: nn.Module, reading: _Reading) -> None:
 
 def _is_wrapper(function: FunctionType) -> bool:
     """Whether a function belongs to what all families share, and calls another one."""
-    is_shared = _file(function).startswith(_SHARED) and not _file(function).startswith(_MODELS)
-    return is_shared and (hasattr(function, "__wrapped__") or _file(function).startswith(_SHARED[1]))
+    is_shared = _home(function).startswith(_SHARED) and not _home(function).startswith(_MODELS)
+    return is_shared and (hasattr(function, "__wrapped__") or _home(function).startswith(_SHARED[1]))
 
 
-class _Reader(ast.NodeVisitor):
+class _FunctionReader(ast.NodeVisitor):
     """Reads one function. Raises NotReadableError at what a comparison may miss."""
 
     def __init__(self, function: FunctionType, module: nn.Module, reading: _Reading):
@@ -275,9 +268,9 @@ class _Reader(ast.NodeVisitor):
             raise NotReadableError(f"uses the module {found.__name__}")
         if isinstance(found, nn.Module) and not any(found is part for part in self._module.modules()):
             _read_method(found, "forward", self._reading)
-        if isinstance(found, FunctionType) and not _is_torch_function(found):
-            if not (_package(found) == "transformers" or _file(found).startswith(_SHARED)):
-                raise NotReadableError(f"calls {found.__module__}.{found.__qualname__}")
+        if isinstance(found, FunctionType) and _home(found).partition(".")[0] not in ("torch", "math"):
+            if not _home(found).startswith(_SHARED):
+                raise NotReadableError(f"calls {_home(found)}.{found.__qualname__}")
             _read_function(found, self._module, self._reading)
         if isinstance(found, type) and issubclass(found, torch.autograd.Function) and not _is_torch(found):
             for one in ("forward", "backward"):
@@ -358,10 +351,6 @@ def _is_stored(node: ast.Name) -> bool:
 
 def _is_none_test(node: ast.expr) -> bool:
     return isinstance(node, ast.Compare) and all(isinstance(one, ast.Is | ast.IsNot) for one in node.ops)
-
-
-def _is_torch_function(function: Any) -> bool:
-    return _package(function) in ("torch", "math")
 
 
 @cache

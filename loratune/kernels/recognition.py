@@ -57,6 +57,8 @@ below 0.17 where both compute in float32 before they round, for rows of 16 to 4,
 rounds the mean as well."""
 TOKENS, DISTANCE, WINDOW = 16, 1 << 20, 5
 """Tokens of a row of attention, the first of its distant positions, and the window in place of a longer one."""
+OF_SCORES = ("q_proj.", "k_proj.", "qkv_proj.")
+"""Projections whose weights are small: with large scores, rounding alone decides which key a token attends to."""
 _BLOCK = 1_000_003
 """Random numbers that are drawn for a large tensor, and repeated. A prime, so that its rows differ."""
 
@@ -77,6 +79,8 @@ class Recognized:
     reason: str = ""
 
 
+UNEQUAL = "computes something else than its kernel"
+"""The reason where a comparison has found a difference."""
 UNKNOWN = Recognized(reason="has another structure than the layers that kernels compute")
 
 
@@ -97,17 +101,17 @@ def recognize(base: Any, reader: Reader, survey: AttentionSurvey | None) -> dict
     with same_random_numbers(base.device):
         try:
             for module in base.modules():
-                subject = _subject(module, reader, survey) if survey is not None else _norm(module)
-                if subject is None:
+                candidate = _candidate(module, reader, survey) if survey is not None else _norm(module)
+                if candidate is None:
                     continue
                 if "forward" in vars(module) or any(map(has_hooks, module.modules())):
                     found[module] = Recognized(reason="was changed while the program ran")
                     continue
-                kind = subject.description(reader)
+                kind = candidate.description(reader)
                 if kind not in by_kind:
-                    if subject.spec is not None and attn_implementation(base) != "eager":
+                    if candidate.spec is not None and attn_implementation(base) != "eager":
                         base.set_attn_implementation("eager")  # The only one that has every cap and mask.
-                    by_kind[kind] = _known(subject, reader, kind, settings)
+                    by_kind[kind] = _known(candidate, reader, kind, settings)
                 found[module] = by_kind[kind]
         finally:
             if attn_implementation(base) != own:
@@ -116,7 +120,7 @@ def recognize(base: Any, reader: Reader, survey: AttentionSurvey | None) -> dict
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _Candidate:
     """A layer that may have the structure of a replacement.
 
     Attributes:
@@ -140,7 +144,7 @@ class _Subject:
         return repr((parts, spec, self.angles))
 
 
-def _subject(module: nn.Module, reader: Reader, survey: AttentionSurvey) -> _Subject | None:
+def _candidate(module: nn.Module, reader: Reader, survey: AttentionSurvey) -> _Candidate | None:
     """What a layer may be, by the names of its parts; None for any other module."""
     names, takes_more = dict(module.named_children()), survey.arguments.get(module, _parameters(module)) > 1
     if (
@@ -151,21 +155,21 @@ def _subject(module: nn.Module, reader: Reader, survey: AttentionSurvey) -> _Sub
     ):
         spec = survey.specs[module]
         spec = replace(spec, window=WINDOW if spec.window is not None else None, placed=False)
-        return _Subject(module, ATTENTION, _inputs(names, reader), spec, survey.angles[module])
+        return _Candidate(module, ATTENTION, _inputs(names, reader), spec, survey.angles[module])
     if "down_proj" in names and not takes_more and _are_linear(names, reader, {"down_proj"}):
-        return _Subject(module, GATED, _inputs(names, reader))
+        return _Candidate(module, GATED, _inputs(names, reader))
     tensors = dict(module.named_parameters(recurse=False))
     if tensors.keys() == {"gate_up_proj", "down_proj"} and tensors["down_proj"].dim() == 3:
-        return _Subject(module, EXPERTS, tensors["down_proj"].shape[1])
+        return _Candidate(module, EXPERTS, tensors["down_proj"].shape[1])
     return None if takes_more else _norm(module, called=module in survey.arguments)
 
 
-def _norm(module: nn.Module, *, called: bool = False) -> _Subject | None:
+def _norm(module: nn.Module, *, called: bool = False) -> _Candidate | None:
     """A norm. called: whether it is known to be called with states alone."""
     weight, tensors = getattr(module, "weight", None), dict(module.named_parameters())
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or tensors.keys() != {"weight"}:
         return None
-    return _Subject(module, NORM, len(weight)) if called or _parameters(module) == 1 else None
+    return _Candidate(module, NORM, len(weight)) if called or _parameters(module) == 1 else None
 
 
 def _parameters(module: nn.Module) -> int:
@@ -208,34 +212,33 @@ def _described(module: nn.Module, reader: Reader) -> Any:
     )
 
 
-def _known(subject: _Subject, reader: Reader, kind: str, settings: str) -> Recognized:
+def _known(candidate: _Candidate, reader: Reader, kind: str, settings: str) -> Recognized:
     """What is known of a kind of layers; it is compared if nothing is."""
     try:
-        digest = layer_source.read(subject.module)
+        digest = layer_source.read(candidate.module)
     except NotReadableError as error:
         return Recognized(reason=str(error))
     kept = kept_here("layer", digest, kind, settings, cache.source_digest(), of=cache.LAYERS)
-    return Recognized(*kept.once("recognized", list, partial(_compare, subject, reader)))
+    return Recognized(*kept.once("recognized", list, partial(_compare, candidate, reader)))
 
 
-def _compare(subject: _Subject, reader: Reader) -> tuple[str, str]:
+def _compare(candidate: _Candidate, reader: Reader) -> tuple[str, str]:
     """The form that computes the same as a layer, or the reason."""
     with torch.enable_grad():
-        # With larger scores, rounding alone would decide which key an attention layer attends to.
-        copied = _copied(subject.module, size=1.0 if subject.spec is None else 1 / 3)
-        candidates = _candidates(subject, copied, reader)
+        copied = _copied(candidate.module)
+        candidates = _candidates(candidate, copied, reader)
         if not candidates:
             return "", UNKNOWN.reason
-        calls = [*_calls(subject)]
+        calls = [*_calls(candidate)]
         try:
             expected = [_results(copied, *call) for call in calls]
         except Exception as error:  # Families raise all kinds of errors where they need other inputs.
             _reraise_if_out_of_memory(error)
             return "", "does not run alone"
         for form, fast in candidates.items():
-            if _agrees(fast, calls, expected) and _rounds_alike(subject, form):
+            if _agrees(fast, calls, expected) and _rounds_alike(candidate, form):
                 return form, ""
-    return "", "computes something else than its kernel"
+    return "", UNEQUAL
 
 
 def _reraise_if_out_of_memory(error: Exception) -> None:
@@ -244,21 +247,23 @@ def _reraise_if_out_of_memory(error: Exception) -> None:
     _log.debug("a layer does not run alone", exc_info=True)
 
 
-def _candidates(subject: _Subject, copied: nn.Module, reader: Reader) -> dict[str, nn.Module]:
+def _candidates(candidate: _Candidate, copied: nn.Module, reader: Reader) -> dict[str, nn.Module]:
     """Forms, and the replacement of each whose structure a layer has."""
     made: dict[str, nn.Module | None] = {}
     layouts: PerBatch[Layout] = PerBatch(Layout.of)
-    for form, options in subject.family.items():
-        if subject.spec is not None:
-            of_heads = [part for name, part in subject.module.named_children() if name in ("q_norm", "k_norm")]
+    for form, options in candidate.family.items():
+        if candidate.spec is not None:
+            of_heads = [part for name, part in candidate.module.named_children() if name in ("q_norm", "k_norm")]
             added = options.get("added", 0.0)
             if (added and not of_heads) or not all(_is_norm(one, added, reader) for one in of_heads):
                 continue
-            attention = replacements.replace_attention(copied, reader, subject.spec, layouts, ops=reference, **options)
+            attention = replacements.replace_attention(
+                copied, reader, candidate.spec, layouts, ops=reference, **options
+            )
             made[form] = attention
-        elif subject.family is GATED:
+        elif candidate.family is GATED:
             made[form] = replacements.replace_gated(copied, reader, ops=reference, **options)
-        elif subject.family is EXPERTS:
+        elif candidate.family is EXPERTS:
             made[form] = replacements.replace_experts(copied, ops=reference, **options)
         else:
             made[form] = replacements.replace_norm(copied, ops=reference, **options)
@@ -267,24 +272,22 @@ def _candidates(subject: _Subject, copied: nn.Module, reader: Reader) -> dict[st
 
 def _is_norm(module: nn.Module, added: float, reader: Reader) -> bool:
     """Whether the norm of heads is one that adds this to its weight."""
-    subject = _norm(module, called=True)
-    form = _compare(subject, reader)[0] if subject is not None else ""
+    candidate = _norm(module, called=True)
+    form = _compare(candidate, reader)[0] if candidate is not None else ""
     return form != "" and NORM[form].get("added", 0.0) == added
 
 
 # Inputs
 
 
-def _copied(module: nn.Module, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Any:
-    """A copy of a layer on the CPU with random weights, without dropout in LoRA. size: of what its matrices return."""
+def _copied(module: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy of a layer on the CPU with random weights, without dropout in LoRA."""
     drawn, memo = torch.Generator().manual_seed(4), dict[int, Any]()
+    for path, tensor in module.named_parameters():
+        values = _weights(path, tensor.shape, drawn).to(dtype)
+        memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad)
+    memo |= {id(buffer): torch.zeros(buffer.shape, dtype=buffer.dtype) for buffer in module.buffers()}
     for part in module.modules():
-        for name, tensor in part.named_parameters(recurse=False):
-            values = _weights(name, tensor.shape, drawn).to(dtype)
-            values *= size if values.dim() > 1 else 1.0
-            memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad)
-        for _, buffer in part.named_buffers(recurse=False):
-            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
         memo |= {id(value): value for value in vars(part).values() if isinstance(value, PreTrainedConfig)}
     copied = copy.deepcopy(module, memo)
     for part in copied.modules():
@@ -294,41 +297,40 @@ def _copied(module: nn.Module, dtype: torch.dtype = torch.float32, size: float =
     return copied
 
 
-def _weights(name: str, shape: torch.Size, drawn: torch.Generator) -> Tensor:
-    """Random weights: none is zero or one, whatever it is at first, so that it has an effect."""
+def _weights(path: str, shape: torch.Size, drawn: torch.Generator) -> Tensor:
+    """Random weights: none is zero or one, whatever it is at first, so that it has an effect. path: in its layer."""
     count = math.prod(shape)
     if len(shape) == 3 and count > _BLOCK:  # Experts, which begin at different numbers of what one of them needs.
         experts, rows, columns = shape
-        flat = _weights(name, torch.Size([rows * columns + 997 * experts, 1]), drawn).flatten() / math.sqrt(columns)
+        flat = _weights(path, torch.Size([rows * columns + 997 * experts, 1]), drawn).flatten() / math.sqrt(columns)
         return flat.as_strided(shape, (997, columns, 1))
     block = torch.randn(min(count, _BLOCK), generator=drawn, dtype=torch.float32)
+    block *= (0.2 if len(shape) < 2 else 1 / math.sqrt(shape[-1])) * (0.1 if path.startswith(OF_SCORES) else 1.0)
     values = block.repeat(-(-count // max(1, len(block))))[:count].view(shape)
-    if len(shape) < 2:
-        return 0.2 * values + (name == "weight")
-    return values / math.sqrt(shape[-1])
+    return values + 1 if path == "weight" else values
 
 
-def _calls(subject: _Subject) -> Iterator[tuple[Call, Tensor, bool]]:
+def _calls(candidate: _Candidate) -> Iterator[tuple[Call, Tensor, bool]]:
     """Calls of a layer: how, the input, and whether in training mode."""
-    drawn, sizes = torch.Generator().manual_seed(2), SIZES[:-1] if subject.spec is not None else SIZES
-    tokens = TOKENS if subject.spec is not None else 4
-    noise = torch.randn(len(sizes), tokens, subject.size, generator=drawn, dtype=torch.float32)
+    drawn, sizes = torch.Generator().manual_seed(2), SIZES[:-1] if candidate.spec is not None else SIZES
+    tokens = TOKENS if candidate.spec is not None else 4
+    noise = torch.randn(len(sizes), tokens, candidate.size, generator=drawn, dtype=torch.float32)
     scales, means = torch.tensor(sizes, dtype=torch.float32).T
     x = noise * scales[:, None, None] + means[:, None, None]
-    if subject.family is EXPERTS:
+    if candidate.family is EXPERTS:
         call = partial(_call_experts, torch.Generator().manual_seed(6))
         yield call, x, True
         yield partial(_call_experts, torch.Generator().manual_seed(6)), x[:2], False
         return
-    if subject.spec is None:
+    if candidate.spec is None:
         yield _call, x, True
         yield _call, x[:2], False
         return
     near, distant = torch.arange(tokens)[None], torch.arange(DISTANCE, DISTANCE + tokens)[None]
-    yield partial(_call_attention, subject, near), x, True
-    yield partial(_call_attention, subject, near), x[:2], False
-    yield partial(_call_attention, subject, distant), x[:1], True
-    yield partial(_call_attention, subject, near[:, :1]), x[:1, :1], True
+    yield partial(_call_attention, candidate, near), x, True
+    yield partial(_call_attention, candidate, near), x[:2], False
+    yield partial(_call_attention, candidate, distant), x[:1], True
+    yield partial(_call_attention, candidate, near[:, :1]), x[:1, :1], True
 
 
 def _call(module: nn.Module, x: Tensor) -> Any:
@@ -343,11 +345,11 @@ def _call_experts(drawn: torch.Generator, module: nn.Module, x: Tensor) -> Any:
     return module(x.flatten(0, 1), chosen, weights).view(x.shape)
 
 
-def _call_attention(subject: _Subject, positions: Tensor, module: nn.Module, x: Tensor) -> Any:
+def _call_attention(candidate: _Candidate, positions: Tensor, module: nn.Module, x: Tensor) -> Any:
     """positions: (1, tokens). Rotary angles are the same for all layers of a model, so any will do."""
-    spec, angles = subject.spec, None
+    spec, angles = candidate.spec, None
     assert spec is not None
-    if half := subject.angles // 2:
+    if half := candidate.angles // 2:
         frequencies = 10_000.0 ** -(torch.arange(half, dtype=torch.float32) / half)
         both = (positions[..., None] * frequencies).repeat(1, 1, 2)
         angles = 1.05 * both.cos(), 1.05 * both.sin()  # Some families scale them.
@@ -386,16 +388,16 @@ def _agrees(fast: nn.Module, calls: list[tuple[Call, Tensor, bool]], expected: l
     return True
 
 
-def _rounds_alike(subject: _Subject, form: str) -> bool:
+def _rounds_alike(candidate: _Candidate, form: str) -> bool:
     """Whether a norm of 16 bits computes in float32 before it rounds, as the replacement does. Each row is compared in
     its size, in which the rounding of single numbers cancels."""
-    dtype = next(subject.module.parameters()).dtype
-    if subject.family is not NORM or dtype not in (torch.bfloat16, torch.float16):
+    dtype = next(candidate.module.parameters()).dtype
+    if candidate.family is not NORM or dtype not in (torch.bfloat16, torch.float16):
         return True
-    own = _copied(subject.module, dtype)
+    own = _copied(candidate.module, dtype)
     fast = replacements.replace_norm(own, ops=reference, **NORM[form])
     assert fast is not None
-    x = torch.randn(256, subject.size, generator=torch.Generator().manual_seed(5), dtype=torch.float32).to(dtype)
+    x = torch.randn(256, candidate.size, generator=torch.Generator().manual_seed(5), dtype=torch.float32).to(dtype)
     with torch.no_grad():
         old, new = own(x).double(), fast(x).double()
     sizes = (old * new).sum(-1) / new.square().sum(-1) - 1
