@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-LARGEST = 64
-"""Numbers in the code of a layer that are larger may be limits that no sample reaches."""
+LARGEST = 8
+"""Numbers in the code of a layer that are larger may be limits that no sample reaches: these have 16 tokens."""
 PASSED = frozenset({"self", "hidden_states", "position_embeddings", "attention_mask", "position_ids"})
 """Parameters of a layer that training passes; others with a default, such as a cache, have that default."""
 RISKY = frozenset({
@@ -43,6 +43,11 @@ _MODELS = "transformers.models."
 _SHARED = ("transformers.", "kernels.")
 """Modules of families; and of what they share, with the package that transformers 5.25 requires: its wrappers choose
 between functions or rename arguments, which a comparison shows, so what they call is read, and they are not."""
+_UNUSUAL = (
+    ast.While, ast.Try, ast.Match, ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom, ast.FunctionDef,
+    ast.AsyncFunctionDef, ast.ClassDef, ast.Yield, ast.YieldFrom, ast.Await, ast.NamedExpr,
+)  # fmt: skip
+"""Statements and expressions that layers do not need."""
 _UNKNOWN, _PLAIN = object(), bool | int | float | str | None
 
 
@@ -68,6 +73,8 @@ def read(module: nn.Module) -> str:
     for part in module.modules():
         if not (_is_torch(type(part)) or is_linear(part)):
             _check_unchanged(part)
+            if any(isinstance(value, torch.Tensor) for value in vars(part).values()):
+                raise NotReadableError("keeps a tensor that is no weight")
             _read_method(part, "forward", reading)
     return hashlib.sha256("\n".join(reading.texts).encode()).hexdigest()[:16]
 
@@ -88,7 +95,8 @@ def _check_unchanged(module: nn.Module) -> None:
         if not _home(function).startswith(_SHARED):
             raise NotReadableError("was changed by another library")
         function = wrapped
-    if owner is nn.Module or _home(function) != owner.__module__:
+    has_call = any("__call__" in vars(base) for base in kind.__mro__ if not _is_torch(base))
+    if has_call or owner is nn.Module or _home(function) != owner.__module__:
         raise NotReadableError("was changed by another library")
 
 
@@ -183,9 +191,7 @@ class _FunctionReader(ast.NodeVisitor):
 
     def generic_visit(self, node: ast.AST) -> None:
         """Refuse statements that layers do not need, and read all others."""
-        if isinstance(node, ast.While | ast.Try | ast.Global | ast.Nonlocal | ast.Delete | ast.Import | ast.ImportFrom):
-            raise NotReadableError(f"has code that a comparison may miss: `{_text(node)}`")
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Yield | ast.Await):
+        if isinstance(node, _UNUSUAL):
             raise NotReadableError(f"has code that a comparison may miss: `{_text(node)}`")
         super().generic_visit(node)
 
@@ -208,6 +214,16 @@ class _FunctionReader(ast.NodeVisitor):
             isinstance(one, ast.Attribute) and ast.unparse(one).startswith("self.num_") for one in operands
         )
 
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        """A remainder, or a quotient of whole numbers other than a half, may be zero for all samples. A number may be
+        written as a product."""
+        is_half = isinstance(node.op, ast.FloorDiv) and self._value(node.right) == 2
+        if isinstance(node.op, ast.FloorDiv | ast.Mod) and not is_half and self._value(node) is _UNKNOWN:
+            raise NotReadableError(f"has code that a comparison may miss: `{_text(node)}`")
+        if not any(isinstance(one, ast.Name) for one in ast.walk(node)):
+            self.visit_Constant(ast.Constant(self._value(node)))
+        self.generic_visit(node)
+
     def visit_Constant(self, node: ast.Constant) -> None:
         """Large numbers may be limits."""
         if isinstance(node.value, int | float) and abs(node.value) > LARGEST:
@@ -217,21 +233,17 @@ class _FunctionReader(ast.NodeVisitor):
         """Refuse what is `RISKY`, and read other functions."""
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         is_of_zero = name == "greater" and len(node.args) == 2 and self._value(node.args[1]) == 0
-        is_risky = name in RISKY or (name == "greater" and not is_of_zero) or (name == "where" and len(node.args) > 1)
-        if is_risky and not self._is_own(node.func):
+        is_of_other = name == "getattr" and ast.unparse(node.args[0]) not in ("self", "self.config")
+        if (name == "greater" and not is_of_zero) or (name == "where" and len(node.args) > 1) or is_of_other:
             raise NotReadableError(f"has code that a comparison may miss: `{_text(node)}`")
-        if name == "update":  # of a cache, which training does not have, with the number of the layer
-            return
         self.generic_visit(node)
-
-    def _is_own(self, function: ast.expr) -> bool:
-        """Whether a function is a method or a child of the layer."""
-        return isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         """An attribute of the layer: a method is read; the number of the layer, or a new value, is refused."""
         if isinstance(node.ctx, ast.Store | ast.Del):
             raise NotReadableError(f"keeps a state: `{ast.unparse(node)}`")
+        if node.attr in RISKY and ast.unparse(node.value) != "self":
+            raise NotReadableError(f"has code that a comparison may miss: `{_text(node)}`")
         if node.attr in ("layer_idx", "layer_id", "layer_index", "layer_number"):
             raise NotReadableError("computes something else in some layers, by their number")
         if ast.unparse(node.value) == "self":
@@ -250,6 +262,9 @@ class _FunctionReader(ast.NodeVisitor):
         is_local = isinstance(inner, ast.Name) and (inner.id in self._local or inner.id in self._parameters)
         if isinstance(node.ctx, ast.Store | ast.Del) and not is_local:
             raise NotReadableError(f"keeps a state: `{_text(node)}`")
+        parts = node.slice.elts[:-1] if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if any("self." in ast.unparse(part) for part in parts if isinstance(part, ast.Slice)):
+            raise NotReadableError(f"takes a part of long rows: `{_text(node)}`")
         self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
@@ -261,6 +276,8 @@ class _FunctionReader(ast.NodeVisitor):
     def _follow(self, name: str, found: Any) -> None:
         """Read what a name stands for."""
         found = found.func if isinstance(found, partial) else found
+        if getattr(found, "__name__", "") in RISKY and callable(found) and not isinstance(found, nn.Module):
+            raise NotReadableError(f"has code that a comparison may miss: `{name}`")
         is_number = isinstance(found, int | float) and not isinstance(found, bool)
         if is_number and name in self._function.__globals__ and abs(found) > LARGEST:
             raise NotReadableError(f"has a number that no check may have reached: {name} = {found}")
@@ -297,7 +314,7 @@ class _FunctionReader(ast.NodeVisitor):
             return _UNKNOWN
         try:
             value = eval(compile(ast.Expression(node), "<setting>", "eval"), {"__builtins__": {}}, known)
-        except Exception:  # of a setting that this layer does not have
+        except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError):
             return _UNKNOWN
         return _UNKNOWN if isinstance(value, torch.Tensor | nn.Module) and not _is_none_test(node) else value
 

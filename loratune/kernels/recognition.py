@@ -109,8 +109,8 @@ def recognize(base: Any, reader: Reader, survey: AttentionSurvey | None) -> dict
                     continue
                 kind = candidate.description(reader)
                 if kind not in by_kind:
-                    if candidate.spec is not None and attn_implementation(base) != "eager":
-                        base.set_attn_implementation("eager")  # The only one that has every cap and mask.
+                    if candidate.spec is not None and (candidate.spec.cap or own not in ("eager", "sdpa")):
+                        base.set_attn_implementation("eager")  # The only one that has caps.
                     by_kind[kind] = _known(candidate, reader, kind, settings)
                 found[module] = by_kind[kind]
         finally:
@@ -368,7 +368,8 @@ def _results(module: nn.Module, call: Call, x: Tensor, training: bool) -> list[T
     x = x.clone().requires_grad_()
     output = call(module.train(training), x)
     output = output[0] if isinstance(output, tuple) else output
-    weights = [one for one in module.parameters() if one.requires_grad]
+    # Among one key, there is nothing to choose: gradients of queries are nothing but rounding.
+    weights = [one for one in module.parameters() if one.requires_grad and x.shape[1] > 1]
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
     target /= x.detach().square().mean((1, 2), keepdim=True).sqrt()  # Else large inputs would hide small ones.
     dx, *gradients = torch.autograd.grad((output * target).sum(), [x, *weights])
